@@ -1,0 +1,42 @@
+# make repro · make test · make lint · make bench: each makes the environment it needs.
+PYTHON ?= python3.11
+UV_VERSION := 0.13.8
+READY := .venv/.ready
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+# Nothing phones home, and nothing waits for a model hub.
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: repro repro-long test lint bench env lock
+repro: env
+	dvc repro
+
+repro-long: env
+	dvc exp run --set-param preset=long
+
+test: env
+	pytest
+
+lint: env
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: env
+	python -m benchmarks.preprocess
+	python -m benchmarks.train_step
+	python -m benchmarks.evaluate
+
+env: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+lock:
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev pyproject.toml --output-file requirements.lock

@@ -1,0 +1,92 @@
+"""The only place that starts or joins Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ris_core.errors import ClusterError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+# Set for the driver and handed to every worker. Workers print through the driver once, and never phone home.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@contextmanager
+def connected(**init: Any) -> Iterator[None]:
+    """Inside the block Ray is up: the cluster at `RAY_ADDRESS` if that is set, otherwise a private one on this machine.
+
+    A private cluster never joins one that somebody left running, and needs no token: it listens on this machine only.
+    `init` overrides arguments of `ray.init` for the private one.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
+        yield
+        return
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": {k: os.environ[k] for k in ENVIRONMENT}}}
+    if address:
+        settings["address"] = address
+        print(f"joining the Ray cluster at {address}", file=sys.stderr)
+    else:
+        settings |= {"address": "local", "include_dashboard": False, "log_to_driver": True, **init}
+    ray.init(logging_level="warning", **settings)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(workers: int, cpus: int, gpus: int) -> None:
+    """Raise ClusterError if the connected cluster could never hold these workers (Ray itself would wait for ever)."""
+    import ray
+
+    total = ray.cluster_resources()
+    lacking = [
+        f"{workers} x {each} {name} wanted, the cluster has {total.get(name, 0):g}"
+        for name, each in (("CPU", cpus), ("GPU", gpus))
+        if workers * each > total.get(name, 0)
+    ]
+    if lacking:
+        raise ClusterError(
+            f"the cluster is too small for this training: {'; '.join(lacking)}. "
+            "Lower cluster.train_workers or cluster.cpus_per_worker in params.yaml, or add nodes"
+        )
+
+
+def has_gpu(wish: str) -> bool:
+    """Whether to use GPUs (`cluster.use_gpu`); `auto` takes them where the cluster has some, and says so when it has none."""
+    import ray
+
+    if wish != "auto":
+        return wish == "yes"
+    found = ray.cluster_resources().get("GPU", 0) > 0
+    if not found:
+        print("no GPU in the cluster: running on CPUs", file=sys.stderr)
+    return found
+
+
+def collect(rows: ray.data.Dataset) -> pa.Table:
+    """All blocks of a Ray dataset as one Arrow table on the driver."""
+    import pyarrow as pa
+    import ray
+
+    return pa.concat_tables(ray.get(rows.to_arrow_refs()))

@@ -1,0 +1,42 @@
+"""Names that change whenever the result would: of runs, for resuming; of code, for lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ris_core import config
+
+
+def code_version(packages: tuple[str, ...] = ("ris_core/data", "ris_core/models", "ris_core/training")) -> str:
+    """Digest of the sources that decide a trained model; independent of where the repository lies."""
+    root = Path(config.__file__).parent.parent
+    digest = hashlib.sha256()
+    for package in packages:
+        for source in sorted((root / package).rglob("*.py")):
+            digest.update(source.relative_to(root).as_posix().encode())
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_name(stage: str, system: str, dataset: str, *inputs: Any) -> str:
+    """`<stage>-<system>-<dataset>-<fingerprint>`: the same inputs resume the same run, changed inputs start afresh."""
+    return f"{stage}-{system}-{dataset}-{config.digest([*inputs, code_version()])}".replace("+", "p")
+
+
+def git_commit() -> str:
+    """The checked-out commit, `-dirty` appended when tracked files differ from it; 'unknown' outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if changed.stdout.strip() else commit

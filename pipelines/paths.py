@@ -1,0 +1,55 @@
+"""Where everything lies, relative to the repository root (the working directory of every stage)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+CLIP = Path("data/clip")
+REPORT = Path("results/report")
+
+
+def raw(dataset: str) -> Path:
+    """A dataset in the official REFER layout; for a real one, a folder or link of the user's."""
+    return Path("data/raw") / dataset
+
+
+def records(dataset: str) -> Path:
+    return Path("data/records") / f"{dataset}.parquet"
+
+
+def audit(dataset: str) -> Path:
+    return Path("results/audit") / f"{dataset}.json"
+
+
+def shards(dataset: str) -> Path:
+    return Path("data/shards") / dataset
+
+
+def model(system: str, dataset: str) -> Path:
+    """The trained model as a folder that `ris_core.models.load_model` reads."""
+    return Path("models") / f"{system}-{dataset}"
+
+
+def training(system: str, dataset: str) -> Path:
+    return Path("results/train") / f"{system}-{dataset}"
+
+
+def evaluation(system: str, dataset: str) -> Path:
+    return Path("results/evaluate") / f"{system}-{dataset}"
+
+
+def expressions(system: str, dataset: str) -> Path:
+    """The per-expression tables of an evaluation, one Parquet file per protocol."""
+    return Path("data/expressions") / f"{system}-{dataset}"
+
+
+def registration(system: str, dataset: str) -> Path:
+    return Path("results/register") / f"{system}-{dataset}.json"
+
+
+def storage() -> str:
+    """Checkpoints of runs in flight: `RIS_STORAGE` (a folder all nodes share, or a bucket URI), else `runs/` here."""
+    place = os.environ.get("RIS_STORAGE", "runs")
+    return place if "://" in place else str(Path(place).absolute())

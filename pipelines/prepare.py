@@ -1,0 +1,39 @@
+"""Stage `prepare`: official REFER files -> checked records (Parquet) and an audit report.
+
+python -m pipelines.prepare --dataset refcoco_unc
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from pipelines import files, paths
+from pipelines.stage import run
+
+
+def main(dataset: Annotated[str, typer.Option(help="refcoco_unc, refcocog_umd, shapes, ...")]) -> None:
+    """Read a dataset, check everything about it, and write records and the audit report."""
+    from pipelines.stage import params
+    from ris_core.data.audit import prepare
+    from ris_core.data.records import write_records
+
+    chosen = params().prepare
+    records, report = prepare(
+        paths.raw(dataset),
+        dataset,
+        on_bad=chosen.on_bad,
+        strict=chosen.strict,
+        exclude={name: paths.raw(name) for name in chosen.exclude_images_of},
+        check_images=chosen.check_images,
+        workers=os.cpu_count() or 1,
+    )
+    write_records(paths.records(dataset), records, dataset)
+    files.write_json(paths.audit(dataset), report)
+    typer.echo(f"{paths.records(dataset)}: {len(records)} images")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""Stage `report`: one page, `results/report/index.html`, with scores, learning curves and a gallery.
+
+python -m pipelines.report
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipelines import files, paths
+from pipelines.stage import run
+
+CURVES = (("train/loss", "training loss"), ("val/mIoU", "validation mIoU"), ("val/oIoU", "validation oIoU"))
+
+
+def main() -> None:
+    """Write the report page from what train and evaluate left under results/."""
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    runs = [read_run(folder) for folder in sorted(Path("results/evaluate").iterdir())]
+    clip = json.loads(Path("results/clip/metrics.json").read_text())
+    page = templates.get_template("report.html").render(runs=runs, clip=clip, curves=curves(runs), precision_at=PRECISION)
+    files.write_text(paths.REPORT / "index.html", page)
+    typer.echo(paths.REPORT / "index.html")
+
+
+PRECISION = ("Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Everything the page shows of one system on one dataset."""
+    gallery = json.loads((folder / "gallery" / "gallery.json").read_text())
+    for item in gallery:
+        item["picture"] = data_uri((folder / "gallery" / item["file"]).read_bytes(), "image/png")
+    with (Path("results/train") / folder.name / "history.csv").open() as file:
+        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return {
+        "name": folder.name,
+        "metrics": json.loads((folder / "metrics.json").read_text()),
+        "protocols": json.loads((folder / "protocols.json").read_text()),
+        "history": history,
+        "gallery": gallery,
+    }
+
+
+def curves(runs: list[dict[str, Any]]) -> str:
+    """Learning curves of all runs side by side, as an SVG picture in a data URI."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "ris"  # the same bytes for the same curves
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
+    for axis, (column, title) in zip(axes, CURVES, strict=True):
+        for each in runs:
+            axis.plot([row["epoch"] for row in each["history"]], [row[column] for row in each["history"]], "o-", ms=3, label=each["name"])
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return data_uri(buffer.getvalue(), "image/svg+xml")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file as text inside the page, so that the page can be mailed as it is."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+if __name__ == "__main__":
+    run(main)

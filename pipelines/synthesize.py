@@ -1,0 +1,27 @@
+"""Stage `synthesize`: write an embedded dataset in the official REFER files.
+
+python -m pipelines.synthesize --dataset shapes
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from pipelines import paths
+from pipelines.stage import run
+
+
+def main(dataset: Annotated[str, typer.Option(help="shapes, shapes+ or shapesg")]) -> None:
+    """Write a synthetic dataset in exactly the official RefCOCO files."""
+    from pipelines.stage import params
+    from ris_core.data.synthetic import write_dataset
+
+    counts = write_dataset(paths.raw(dataset), dataset, params().synthesize, workers=os.cpu_count() or 1)
+    typer.echo(f"{paths.raw(dataset)}: {counts}")
+
+
+if __name__ == "__main__":
+    run(main)

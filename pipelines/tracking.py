@@ -1,0 +1,259 @@
+"""The only door to MLflow (besides the packaged model itself).
+
+Without `MLFLOW_TRACKING_URI` runs go to an embedded sqlite store in `mlflow/`: no server is needed. The driver opens a
+run and closes it; a restart with the same fingerprint goes on in the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.fingerprint import git_commit
+from ris_core.errors import ClusterError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FOLDER = Path("mlflow")
+MAX_PARAM = 6000
+
+
+def uri() -> str:
+    """The tracking store: `MLFLOW_TRACKING_URI`, or the embedded sqlite file (absolute, so that workers find it)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(FOLDER / 'mlflow.db').absolute()}"
+
+
+def connect() -> MlflowClient:
+    """A client of the store, which is created and brought to its newest schema here, once, by the driver.
+
+    Raises ClusterError when a server does not answer within seconds (MLflow's own default is minutes).
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    if uri().startswith("sqlite:///"):
+        Path(uri().removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri())
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI", uri()))
+    client = mlflow.MlflowClient()
+    try:
+        client.search_experiments(max_results=1)
+    except mlflow.MlflowException as error:
+        raise ClusterError(
+            f"the MLflow store at {uri()} does not answer: {str(error).splitlines()[0]}. Start it, or unset "
+            "MLFLOW_TRACKING_URI to use the embedded store"
+        ) from error
+    return client
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """Id of the experiment; a new one keeps the embedded store's artifacts beside its database."""
+    from mlflow import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        place = (FOLDER / "artifacts").absolute().as_uri() if uri().startswith("sqlite") else None
+        try:
+            return client.create_experiment(name, artifact_location=place)
+        except MlflowException:  # another process created it between the two calls
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def open_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    """Id of the run called `name` (which ends in its fingerprint): the one there is, set running again, or a new one."""
+    client = connect()
+    experiment_id = _experiment(client, experiment)
+    found = client.search_runs([experiment_id], f"tags.`ris.run` = '{name}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    lineage = {"ris.run": name, "ris.git_commit": git_commit(), **dvc_tags(), **tags}
+    run_id = client.create_run(experiment_id, tags=lineage, run_name=name).info.run_id
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(key, str(value)[:MAX_PARAM]) for key, value in flat(params).items()])
+    return run_id
+
+
+def dvc_tags() -> dict[str, str]:
+    """The DVC experiment and stage this process runs in, where DVC says so."""
+    names = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_STAGE")
+    return {f"dvc.{name[4:].lower()}": os.environ[name] for name in names if os.environ.get(name)}
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names, the form in which MLflow shows and compares parameters."""
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def metric_name(name: str) -> str:
+    """MLflow rejects '@' in metric names: `Pr@0.5` becomes `Pr_0.5`."""
+    return name.replace("@", "_")
+
+
+def log_metrics(run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """All metrics of a step in one request."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    batch = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
+    MlflowClient(uri()).log_batch(run_id, metrics=batch)
+
+
+def log_dataset(run_id: str, name: str, path: Path, digest: str, context: str) -> None:
+    """Record which data a run used: its DVC path and the digest of its manifest."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    dataset = MetaDataset(CodeDatasetSource(tags={"dvc.path": str(path)}), name=name, digest=digest[:36])
+    entry = DatasetInput(dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
+    connect().log_inputs(run_id, [entry])
+
+
+def log_files(run_id: str, folder: Path, name: str) -> None:
+    """Copy a folder of small files (pictures, tables) to the run's artifacts."""
+    connect().log_artifacts(run_id, str(folder), name)
+
+
+@contextmanager
+def running(run_id: str, system_metrics: bool = True) -> Iterator[None]:
+    """Mark the run FINISHED when the block ends, FAILED when it raises; sample this machine's load meanwhile."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    client = connect()
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=5) if system_metrics else None
+    if monitor:
+        monitor.start()
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    finally:
+        if monitor:
+            monitor.finish()
+        client.set_terminated(run_id, status)
+
+
+def register_model(
+    run_id: str, name: str, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str], pictures: Path | None
+) -> str:
+    """Log a model folder as a pyfunc model of the run, with signature and input example, and register it; its version.
+
+    A version with the same weights (tag `weights_sha256`) is not registered twice.
+    """
+    import base64
+    import io
+    import sys
+
+    import mlflow
+    import numpy as np
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from PIL import Image
+
+    client = connect()
+    same = client.search_model_versions(f"name = '{name}'")
+    for version in same:
+        if all(version.tags.get(key) == tags[key] for key in ("weights_sha256", "data_digest", "score")):
+            return str(version.version)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((48, 64, 3), 127, np.uint8)).save(buffer, "PNG")
+    example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()], "text": ["the red star"]})
+    root = Path(__file__).parent.parent
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(root / "pipelines" / "serving_model.py"),
+            artifacts={"model": str(folder)},
+            code_paths=[str(root / "ris_core")],
+            signature=ModelSignature(
+                inputs=Schema([ColSpec("string", "image"), ColSpec("string", "text")]),
+                outputs=Schema(
+                    [ColSpec("string", "counts"), ColSpec("long", "height"), ColSpec("long", "width"), ColSpec("double", "score")]
+                ),
+                params=ParamSchema([ParamSpec("threshold", "double", 0.5), ParamSpec("allow_paths", "boolean", False)]),
+            ),
+            input_example=example,
+            pip_requirements=requirements(),
+        )
+        if pictures is not None:
+            mlflow.log_artifacts(str(pictures), "gallery")
+    log_metrics(run_id, {f"test/{key}": value for key, value in metrics.items()}, 0)
+    print(f"logged {logged.model_uri}", file=sys.stderr)
+    return str(mlflow.register_model(logged.model_uri, name, tags=dict(tags)).version)
+
+
+def requirements() -> list[str]:
+    """What the packaged model needs, at the versions it was tested with."""
+    from importlib.metadata import version
+
+    needed = ("mlflow", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "pandas", "pyarrow", "pillow", "pycocotools")
+    return [f"{name}=={version(name)}" for name in (*needed, "omegaconf", "safetensors")]
+
+
+def promote(name: str, version: str, alias: str, tags: Mapping[str, str], minimum: float) -> dict[str, str]:
+    """Move `alias` to `version` if its score is at least `minimum` and better than that of the version that has it.
+
+    Scores are compared only for the same protocol, split and metric on the same data; another champion keeps its alias
+    until it is removed by hand.
+    """
+    from mlflow import MlflowException
+
+    client = connect()
+    score = float(tags["score"])
+    if score < minimum:
+        return {"version": version, "decision": f"not promoted: {score} is below the minimum {minimum}"}
+    try:
+        champion = client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if "alias" not in str(error).lower():
+            raise
+        champion = None
+    if champion is not None and str(champion.version) == version:
+        return {"version": version, "decision": f"already {alias}"}
+    if champion is not None:
+        differing = [k for k in ("protocol", "split", "metric", "data_digest") if champion.tags.get(k) != tags[k]]
+        if differing:
+            reason = f"version {champion.version} was scored with another {', '.join(differing)}"
+            return {"version": version, "decision": f"challenger: {reason}; not comparable"}
+        if float(champion.tags["score"]) >= score:
+            beaten = f"version {champion.version} has {champion.tags['score']}"
+            return {"version": version, "decision": f"challenger: {beaten}"}
+    client.set_registered_model_alias(name, alias, version)
+    return {"version": version, "decision": f"{alias}"}
+
+
+def model_folder(model: str) -> Path:
+    """The local folder of a trained model: a path as it is, or `models:/...` fetched from the registry."""
+    if not model.startswith("models:/"):
+        return Path(model)
+    import mlflow
+
+    connect()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(f"{model.rstrip('/')}/artifacts/model"))
+    except mlflow.MlflowException as error:
+        raise ClusterError(f"{model} cannot be loaded from {uri()}: {str(error).splitlines()[0]}") from error

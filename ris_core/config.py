@@ -1,0 +1,280 @@
+"""`params.yaml` as typed sections: one dataclass per pipeline stage, checked as a whole before anything runs.
+
+`load_params` merges three layers, later ones winning: the defaults below, the sections of `params.yaml`, and the preset
+that its `preset` key names. Every unknown key, wrong type and value out of range, in the sections and in *all* presets, is
+reported in one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ris_core.data.synthetic import SyntheticSpec
+from ris_core.errors import ConfigError, list_problems
+from ris_core.models.cris import CRISConfig
+
+
+def option(default: Any, *, choices: tuple[Any, ...] | None = None, minimum: float | None = None) -> Any:
+    """A dataclass field whose value must be one of `choices`, or at least `minimum`."""
+    metadata = {"choices": choices, "minimum": minimum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PrepareParams:
+    """Stage `prepare`: read the official REFER files and audit them."""
+
+    on_bad: str = option("error", choices=("error", "skip"))
+    strict: bool = False
+    check_images: bool = True
+    exclude_images_of: list[str] = option([])
+
+
+@dataclass
+class PreprocessParams:
+    """Stage `preprocess`: letterbox every image once and write the shards."""
+
+    image_size: int = option(160, minimum=32)
+    storage: str = option("pixels", choices=("pixels", "jpeg"))
+    resample: str = option("opencv4", choices=("opencv4", "exact"))
+    text: str = option("sent", choices=("sent", "raw"))
+    images_per_shard: int = option(256, minimum=1)
+    max_bad_images: float = option(0.01, minimum=0)
+
+
+@dataclass
+class ClipParams:
+    """Stage `pretrain_clip`: train the small CLIP, or load real weights when `weights` is given."""
+
+    architecture: str = "tiny_rn"
+    weights: str | None = None
+    dataset: str = "shapes"
+    seed: int = 0
+    steps: int = option(600, minimum=1)
+    scenes_per_step: int = option(64, minimum=2)
+    regions_per_step: int = option(128, minimum=2)
+    canvas: int = option(160, minimum=32)
+    lr: float = option(1e-3, minimum=0)
+    weight_decay: float = option(0.05, minimum=0)
+    warmup_steps: int = option(30, minimum=0)
+
+
+@dataclass
+class LossParams:
+    """Pixel loss: BCE (the "text-to-pixel contrastive" loss of CRIS) with optional foreground weight and dice term."""
+
+    positive_weight: float = option(1.0, minimum=0)
+    dice_weight: float = option(0.0, minimum=0)
+
+
+@dataclass
+class TrainParams:
+    """Stage `train`. Steps are the optimiser's own; `batch_images` is the global batch over all workers."""
+
+    seed: int = 0
+    epochs: int = option(8, minimum=1)
+    steps_per_epoch: int | None = option(None, minimum=1)
+    batch_images: int = option(16, minimum=1)
+    expressions_per_image: int = option(2, minimum=1)
+    word_len: int = option(17, minimum=3)
+    optimizer: str = option("adamw", choices=("adam", "adamw"))
+    lr: float = option(1e-3, minimum=0)
+    backbone_lr_multiplier: float = option(0.5, minimum=0)
+    first_epoch_backbone_multiplier: float | None = option(None, minimum=0)
+    positional_embeddings: str = option("head", choices=("head", "backbone"))
+    weight_decay: float = option(0.01, minimum=0)
+    schedule: str = option("cosine", choices=("cosine", "multistep"))
+    warmup_steps: int = option(0, minimum=0)
+    milestones: list[int] = option([35])
+    gamma: float = option(0.1, minimum=0)
+    ema_decay: float = option(0.0, minimum=0)
+    clip_grad_norm: float = option(0.0, minimum=0)
+    precision: str = option("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = False
+    loss: LossParams = field(default_factory=LossParams)
+    loader_workers: int = option(0, minimum=0)
+    checkpoint_every_steps: int | None = option(None, minimum=1)
+    validate_split: str = "val"
+    validate_images: int | None = option(None, minimum=1)
+    validate_protocol: str = "ours"
+
+
+@dataclass
+class EvaluateParams:
+    """Stage `evaluate`: scores at original resolution, with baselines that show whether language is understood."""
+
+    protocols: list[str] = option(["ours"])
+    splits: list[str] | None = None
+    shuffled_split: str | None = "val"
+    bootstrap_samples: int = option(1000, minimum=1)
+    images_per_batch: int = option(8, minimum=1)
+    seed: int = 0
+
+
+@dataclass
+class RegisterParams:
+    """Stage `register`: log the model to MLflow and move the alias when the score is better than the champion's."""
+
+    split: str = "val"
+    metric: str = option("mIoU", choices=("mIoU", "oIoU"))
+    minimum: float = option(0.0, minimum=0)
+    alias: str = "champion"
+    experiment: str = "ris"
+
+
+@dataclass
+class ClusterParams:
+    """Where work runs. Not tracked by DVC: the same result is expected from one worker or many."""
+
+    train_workers: int = option(1, minimum=1)
+    cpus_per_worker: int = option(2, minimum=1)
+    use_gpu: str = option("auto", choices=("auto", "yes", "no"))
+    max_failures: int = option(2, minimum=0)
+    evaluate_actors: int = option(2, minimum=1)
+
+
+@dataclass
+class Params:
+    """The whole of `params.yaml`."""
+
+    preset: str = "default"
+    synthetic_datasets: list[str] = option(["shapes"])
+    datasets: list[str] = option(["shapes"])
+    systems: list[str] = option(["cris"])
+    synthesize: SyntheticSpec = field(default_factory=SyntheticSpec)
+    prepare: PrepareParams = field(default_factory=PrepareParams)
+    preprocess: PreprocessParams = field(default_factory=PreprocessParams)
+    clip: ClipParams = field(default_factory=ClipParams)
+    cris: CRISConfig = field(default_factory=CRISConfig)
+    train: TrainParams = field(default_factory=TrainParams)
+    evaluate: EvaluateParams = field(default_factory=EvaluateParams)
+    register: RegisterParams = field(default_factory=RegisterParams)
+    cluster: ClusterParams = field(default_factory=ClusterParams)
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read, check and merge a parameter file.
+
+    Raises ConfigError that lists every problem of the file, with the nearest known name for each unknown one.
+    """
+    path = Path(path)
+    try:
+        raw = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such parameter file; run from the repository root, or pass its path") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(f"{path}: expected sections (a mapping), found {type(raw).__name__}")
+    presets = raw.pop("presets", {})
+    schema = _schema()
+    problems = _misfits(schema, raw, "")
+    for name, preset in presets.items():
+        problems += _misfits(schema, preset, f"presets.{name}.") if preset else []
+    chosen = raw.get("preset", schema.preset)
+    if chosen not in presets and chosen != schema.preset:
+        problems.append(f"preset: no preset named '{chosen}'; there are {', '.join(sorted(presets)) or 'none'}")
+    if problems:
+        raise ConfigError(list_problems(f"{path} cannot be used", problems))
+    preset = presets.get(chosen) or {}
+    try:
+        params = OmegaConf.to_object(OmegaConf.merge(schema, raw, preset))
+    except ConfigError as error:  # a section's own checks (sizes that contradict each other, say)
+        raise ConfigError(f"{path} cannot be used: {error}") from None
+    assert isinstance(params, Params)
+    problems = _out_of_range(params, "")
+    if problems:
+        raise ConfigError(list_problems(f"{path} cannot be used", problems))
+    return params
+
+
+def preset_overrides(path: str | Path = "params.yaml") -> list[str]:
+    """What the chosen preset sets over the sections of the file, as `key: section's value -> preset's value` lines."""
+    raw = OmegaConf.load(path)
+    preset = raw.get("presets", {}).get(raw.get("preset", "default")) or {}
+    return [
+        f"{key}: {OmegaConf.select(raw, key)} -> {value}"
+        for key, value in _leaves(preset, "")
+        if OmegaConf.select(raw, key) != value
+    ]
+
+
+def digest(value: Any) -> str:
+    """A short stable name (12 hex digits of SHA-256) for JSON-able values and dataclasses: equal content, equal name."""
+    text = json.dumps(value, sort_keys=True, default=lambda item: dataclasses.asdict(item))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(Params)
+    for name in schema:  # sections that are frozen dataclasses come read-only, also for the merge
+        node = schema._get_node(name)
+        if isinstance(node, DictConfig):
+            node._set_flag("readonly", False)
+    return schema
+
+
+def _leaves(config: Any, prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key in config:
+        value = config[key]
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _misfits(schema: DictConfig, given: Any, prefix: str) -> list[str]:
+    """Unknown keys and wrong types of `given`, each as a line that begins with the key's full name."""
+    problems: list[str] = []
+    for key in given:
+        name = f"{prefix}{key}"
+        if key not in schema:
+            near = difflib.get_close_matches(str(key), [str(k) for k in schema], n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(map(str, schema))}"
+            problems.append(f"{name}: unknown parameter; {hint}")
+            continue
+        try:
+            value = given[key]
+        except OmegaConfBaseException as error:
+            problems.append(f"{name}: {_first_line(error)}")
+            continue
+        if isinstance(schema._get_node(key), DictConfig):
+            if isinstance(value, DictConfig):
+                problems += _misfits(schema[key], value, f"{name}.")
+            else:
+                problems.append(f"{name}: expected a section with {', '.join(map(str, schema[key]))}, found {value!r}")
+            continue
+        try:
+            schema.copy()[key] = value
+        except OmegaConfBaseException as error:
+            problems.append(f"{name}: {_first_line(error)}")
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _out_of_range(section: Any, prefix: str) -> list[str]:
+    problems: list[str] = []
+    for item in dataclasses.fields(section):
+        value, name = getattr(section, item.name), f"{prefix}{item.name}"
+        choices, minimum = item.metadata.get("choices"), item.metadata.get("minimum")
+        if dataclasses.is_dataclass(value):
+            problems += _out_of_range(value, f"{name}.")
+        elif choices and value not in choices:
+            problems.append(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
+        elif minimum is not None and value is not None and value < minimum:
+            problems.append(f"{name}: {value} is below the minimum {minimum}")
+    return problems

@@ -1,0 +1,259 @@
+"""CRIS: CLIP-driven referring image segmentation, on open_clip's own ResNet CLIP.
+
+Wang et al., CVPR 2022, arXiv 2111.15174; code DerrickWang005/CRIS.pytorch. The state dict equals the official one key
+for key, so official checkpoints load and ours load there. An image is encoded once for all its expressions:
+
+    features = model.encode_image(normalise(images))           # text-independent
+    logits = model.segment(features, tokens, image_index)      # (N, 1, H/4, W/4)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ris_core.errors import ConfigError, WeightsError, list_problems
+from ris_core.models.clip import build_clip, encode_words, load_strictly, resnet_feature_maps
+from ris_core.models.cris_layers import Decoder, ImageFeatures, Neck, Projector, spatial_attention_pool
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
+PAD_ID = 0
+
+
+@dataclass(frozen=True)
+class CRISConfig:
+    """Dimensions and options of CRIS that its CLIP does not decide. The defaults are the published models."""
+
+    vis_dim: int = 512  # width of the fused map and the decoder; equals fpn_out[1] and CLIP's text width
+    fpn_out: tuple[int, int, int] = (256, 512, 1024)  # channels of the projected C3, C4, C5
+    num_layers: int = 3
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    dropout: float = 0.1
+    coord_levels: str = "aggregate"  # "all": X and Y at every level of the neck (not official)
+    freeze_token_embedding: bool = False  # the official code means to freeze it but trains it
+    freeze_logit_scale: bool = (
+        True  # CLIP's temperature is unused here; frozen, every trainable parameter has a gradient
+    )
+    round_fp16: bool = False  # round CLIP's weights to fp16 as the official builder does (nothing changes for OpenAI's)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fpn_out", tuple(self.fpn_out))  # JSON and YAML bring a list
+
+    def problems(self, text_width: int) -> list[str]:
+        """Everything that contradicts itself or the CLIP's text width."""
+        found = []
+        if self.vis_dim != text_width:
+            found.append(f"vis_dim {self.vis_dim} must equal the CLIP's text width {text_width}")
+        if len(self.fpn_out) != 3 or min(self.fpn_out) < 1:
+            found.append(f"fpn_out {self.fpn_out} must be three positive channel counts")
+        elif self.fpn_out[1] != self.vis_dim:
+            found.append(f"fpn_out[1] {self.fpn_out[1]} must equal vis_dim {self.vis_dim}")
+        if self.vis_dim % 4:
+            found.append(f"vis_dim {self.vis_dim} must be divisible by 4 (2D sine positions)")
+        if self.num_heads < 1 or self.vis_dim % self.num_heads:
+            found.append(f"num_heads {self.num_heads} must divide vis_dim {self.vis_dim}")
+        found += [f"{name} {value} must be at least 1" for name, value in self._counts().items() if value < 1]
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout {self.dropout} must be in [0, 1)")
+        if self.coord_levels not in ("aggregate", "all"):
+            found.append(f"coord_levels {self.coord_levels!r} must be 'aggregate' or 'all'")
+        return found
+
+    def _counts(self) -> dict[str, int]:
+        return {"num_layers": self.num_layers, "ffn_dim": self.ffn_dim}
+
+
+class CRIS(nn.Module):
+    """CLIP ResNet and text transformer, neck, decoder, projector. Takes over the CLIP it is given as `backbone`.
+
+    The CLIP stays an unmodified open_clip model; its attention pool receives one more submodule, `connect`, and is read
+    as a map. Dims: fpn_in = channels of C3 and C4 and the CLIP's embedding E, which is also the state's.
+
+    Raises:
+        ConfigError: the CLIP is not a ResNet one, or dimensions contradict each other; all problems at once.
+    """
+
+    def __init__(self, clip: CLIP, config: CRISConfig) -> None:
+        super().__init__()
+        from open_clip.modified_resnet import ModifiedResNet
+
+        if not isinstance(clip.visual, ModifiedResNet):
+            raise ConfigError(f"CRIS needs a ResNet CLIP such as RN50-quickgelu, got {type(clip.visual).__name__}")
+        if problems := config.problems(clip.ln_final.weight.shape[0]):
+            raise ConfigError(list_problems("CRIS cannot be built", problems))
+        self.config = config
+        pool = clip.visual.attnpool
+        width, embed_dim = pool.c_proj.in_features, pool.c_proj.out_features
+        pool.connect = nn.Sequential(nn.Conv2d(width, embed_dim, 1, bias=False), nn.BatchNorm2d(embed_dim))
+        self.backbone = clip
+        self.neck = Neck((width // 4, width // 2, embed_dim), config.fpn_out, config.coord_levels == "all")
+        self.decoder = Decoder(config.num_layers, config.vis_dim, config.num_heads, config.ffn_dim, config.dropout)
+        self.proj = Projector(embed_dim, config.vis_dim)
+        if config.round_fp16:
+            round_to_fp16(clip)
+        clip.logit_scale.requires_grad_(not config.freeze_logit_scale)
+        clip.token_embedding.requires_grad_(not config.freeze_token_embedding)
+
+    def encode_image(self, images: torch.Tensor) -> ImageFeatures:
+        """Normalised images (B, 3, H, W), sides multiples of 32 -> everything that needs no text."""
+        if images.shape[-2] % 32 or images.shape[-1] % 32:
+            raise ConfigError(f"CRIS reads images whose sides are multiples of 32, got {tuple(images.shape[-2:])}")
+        c3, c4, layer4 = resnet_feature_maps(self.backbone.visual, images)
+        return self.neck.project_image(c3, c4, spatial_attention_pool(self.backbone.visual.attnpool, layer4))
+
+    def segment(
+        self, features: ImageFeatures, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (N, 1, H/4, W/4) of expressions, tokens (N, L) int64 with 0 as padding.
+
+        `image_index` (N,) int64 says which image each expression belongs to; None means one expression per image, in
+        order. Any L up to the CLIP's context length does; the longest sentence of the batch is enough.
+        """
+        words, state = encode_words(self.backbone, tokens)
+        if image_index is not None:
+            features = features.of(image_index)
+        fused = self.neck(features, state)
+        return self.proj(self.decoder(fused, words, tokens != PAD_ID), state)
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`segment` after `encode_image`.
+
+        In training, the batch norms of the image part see each image once, however many expressions it has; with one
+        expression per image this is exactly the official model.
+        """
+        return self.segment(self.encode_image(images), tokens, image_index)
+
+    def param_groups(
+        self,
+        lr: float,
+        backbone_lr_multiplier: float = 0.1,
+        pos_embed_group: Literal["head", "backbone"] = "head",
+    ) -> list[dict[str, Any]]:
+        """Trainable parameters for an optimiser: groups "backbone" (CLIP, slower) and "head" (the rest).
+
+        The official recipe trains CLIP's two positional embeddings at the head's rate; `pos_embed_group` chooses.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[parameter_group(name, pos_embed_group)].append(parameter)
+        return [
+            {"name": "backbone", "params": groups["backbone"], "lr": lr * backbone_lr_multiplier},
+            {"name": "head", "params": groups["head"], "lr": lr},
+        ]
+
+    def official_state_dict(self) -> dict[str, torch.Tensor]:
+        """Detached CPU tensors under the keys of the official checkpoints (without "module.")."""
+        if self.config.coord_levels != "aggregate":
+            raise ConfigError("coordinates at all levels change shapes: this model has no official counterpart")
+        return {key: value.detach().cpu() for key, value in self.state_dict().items()}
+
+    @classmethod
+    def from_official_state_dict(
+        cls, state: Mapping[str, torch.Tensor], num_heads: int = 8, dropout: float = 0.1
+    ) -> CRIS:
+        """A model with every dimension read from the keys and shapes of an official checkpoint's "state_dict".
+
+        The prefix "module." may be there or not. Heads leave no trace in shapes: CLIP's are its width / 64, the
+        decoder's are given.
+
+        Raises:
+            WeightsError: the keys are not those of CRIS, or a tensor is missing, unknown or misshapen; all are listed.
+        """
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        architecture, dims = infer_dimensions(state)
+        model = cls(build_clip(architecture), CRISConfig(**dims, num_heads=num_heads, dropout=dropout))
+        load_strictly(model, state, "The state dict does not fit CRIS as its own keys describe it")
+        return model
+
+
+def build(clip: CLIP, config: CRISConfig) -> CRIS:
+    """CRIS with freshly initialised parts on top of a CLIP (see `CRIS`)."""
+    return CRIS(clip, config)
+
+
+def parameter_group(name: str, pos_embed_group: Literal["head", "backbone"] = "head") -> str:
+    """The optimiser group of a parameter by its name: CLIP is "backbone", except perhaps its positional embeddings."""
+    if not name.startswith("backbone."):
+        return "head"
+    return pos_embed_group if "positional_embedding" in name else "backbone"
+
+
+def round_to_fp16(clip: CLIP) -> None:
+    """Round, in place, what CLIP keeps in fp16: convolutions, linear and attention layers, the text projection."""
+    rounded: list[torch.Tensor | None] = [clip.text_projection]
+    for module in clip.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            rounded += [module.weight, module.bias]
+        elif isinstance(module, nn.MultiheadAttention):
+            rounded += [module.in_proj_weight, module.in_proj_bias]
+    with torch.no_grad():
+        for tensor in rounded:
+            if tensor is not None:
+                tensor.copy_(tensor.half())
+
+
+def infer_dimensions(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(open_clip architecture, fields of CRISConfig) from the shapes of an official state dict without "module.".
+
+    Raises:
+        WeightsError: keys that tell a dimension are missing; all of them are listed.
+    """
+    missing: list[str] = []
+
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            missing.append(key)
+            return torch.Size((1, 1))
+        return state[key].shape
+
+    def count(pattern: str) -> int:
+        """How many of pattern.format(0), pattern.format(1), ... are there."""
+        n = 0
+        while pattern.format(n) in state:
+            n += 1
+        if n == 0:
+            missing.append(pattern.format(0))
+        return n
+
+    embed_dim = shape("backbone.text_projection")[1]
+    text_width = shape("backbone.ln_final.weight")[0]
+    context, vocabulary = shape("backbone.positional_embedding")[0], shape("backbone.token_embedding.weight")[0]
+    grid = math.isqrt(shape("backbone.visual.attnpool.positional_embedding")[0] - 1)
+    layers = [count(f"backbone.visual.layer{level}.{{}}.conv1.weight") for level in (1, 2, 3, 4)]
+    architecture = {
+        "embed_dim": embed_dim,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "layers": layers,
+            "width": shape("backbone.visual.layer1.0.conv1.weight")[0],
+            "image_size": 32 * grid,
+        },
+        "text_cfg": {
+            "context_length": context,
+            "vocab_size": vocabulary,
+            "width": text_width,
+            "heads": max(1, text_width // 64),
+            "layers": count("backbone.transformer.resblocks.{}.ln_1.weight"),
+        },
+    }
+    dims = {
+        "vis_dim": shape("decoder.norm.weight")[0],
+        "fpn_out": tuple(shape(f"neck.{name}.0.weight")[0] for name in ("f3_v_proj", "f2_v_proj", "f1_v_proj")),
+        "num_layers": count("decoder.layers.{}.norm1.weight"),
+        "ffn_dim": shape("decoder.layers.0.ffn.0.weight")[0],
+    }
+    if missing:
+        remedy = "Give the 'state_dict' of a CRIS checkpoint (keys like 'module.neck.txt_proj.0.weight')."
+        raise WeightsError(list_problems("This is not a CRIS state dict, these keys are missing", missing, remedy))
+    return architecture, dims

@@ -1,0 +1,164 @@
+"""The training loop: one for every system, with or without a cluster.
+
+It never waits for the device inside a step, never stores what it can recompute (batches, learning rates and random
+numbers are functions of the position), and goes on exactly where an interrupted run stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ris_core.config import TrainParams
+from ris_core.data.dataset import TrainingBatches
+from ris_core.models.clip import normalise
+from ris_core.training.checkpoint import Checkpoint, Position, cpu_copy
+from ris_core.training.losses import segmentation_loss
+from ris_core.training.optim import make_optimizer, set_learning_rates
+from ris_core.training.runtime import Runtime
+
+LOG_EVERY = 20
+
+
+class Trainable(Protocol):
+    """What the loop asks of a system beside being an `nn.Module` of (images, tokens, image_index) -> logits."""
+
+    def param_groups(self, lr: float, backbone_lr_multiplier: float, pos_embed_group: str) -> list[dict[str, Any]]: ...
+
+
+Validate = Callable[[nn.Module], dict[str, float]]
+Log = Callable[[dict[str, float], int], None]
+
+
+class Trainer:
+    """Owns model, optimiser, weight average and position of one run; `fit` drives them to the last epoch."""
+
+    def __init__(self, model: nn.Module, batches: TrainingBatches, validate: Validate, params: TrainParams, runtime: Runtime):
+        self.batches, self.validate, self.params, self.runtime = batches, validate, params, runtime
+        self.device = runtime.device
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ddp = runtime.prepare(self.model)
+        self.step_model = torch.compile(self.ddp) if params.compile else self.ddp
+        groups = self.model.param_groups(params.lr, params.backbone_lr_multiplier, params.positional_embeddings)
+        self.optimizer = make_optimizer([{**g, "initial_lr": g["lr"]} for g in groups], params, self.device)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.autocast, self.scaler = precision(params.precision, self.device)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True)
+            if params.ema_decay
+            else None
+        )
+        self.position, self.best = Position(), None
+        self._resume()
+
+    def _resume(self) -> None:
+        checkpoint = self.runtime.load()
+        if checkpoint is None:
+            return
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.optimizer["average"])
+        self.position, self.best = checkpoint.position, checkpoint.best
+        if self.runtime.rank == 0:
+            print(f"resuming at epoch {self.position.epoch + 1}, step {self.position.step}", file=sys.stderr)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The whole state on the CPU; None on other ranks than 0, which hold copies of it."""
+        if self.runtime.rank:
+            return None
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return Checkpoint(self.position, cpu_copy(self.model.state_dict()), state, self.best)
+
+    def fit(self, log: Log = lambda metrics, step: None) -> Position:
+        """Train from the current position to the end; `log(metrics, global_step)` is called on rank 0 only."""
+        while self.position.epoch < self.params.epochs:
+            self._train_epoch(log)
+            self._finish_epoch(log)
+        return self.position
+
+    def _train_epoch(self, log: Log) -> None:
+        self.model.train()
+        epoch, first = self.position.epoch, self.position.step
+        total = torch.tensor(self.position.loss_sum, device=self.device)
+        loader = self.batches.loader(epoch, first, self.params.loader_workers)
+        quiet = self.runtime.rank > 0 or not sys.stderr.isatty()
+        bar = tqdm(loader, f"epoch {epoch + 1}/{self.params.epochs}", len(self.batches), initial=first, disable=quiet)
+        started = time.perf_counter()
+        for step, batch in enumerate(bar, first):
+            lr = set_learning_rates(self.optimizer, self.params, epoch, step, len(self.batches))
+            total += self._step(batch, epoch * len(self.batches) + step)
+            self.position.step = step + 1
+            done = step + 1 - first
+            if done % LOG_EVERY == 0 and self.runtime.rank == 0:
+                rate = done * self.params.batch_images * self.params.expressions_per_image / (time.perf_counter() - started)
+                loss = total.item() / (step + 1)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", samples=f"{rate:.0f}/s")
+                log({"train/loss": loss, "lr": lr, "samples_per_second": rate}, epoch * len(self.batches) + step + 1)
+            every = self.params.checkpoint_every_steps
+            if every and (step + 1) % every == 0 and step + 1 < len(self.batches):
+                self.position.loss_sum = total.item()
+                self.runtime.report({"epoch": epoch, "step": step + 1}, self.checkpoint())
+        self.seconds = time.perf_counter() - started
+        self.train_loss = total.item() / len(self.batches)
+
+    def _step(self, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
+        """One optimiser step; returns the detached loss, still on the device."""
+        torch.manual_seed((self.params.seed * 1_000_003 + global_step) * 4099 + self.runtime.rank)
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        images = normalise(batch["image"]).contiguous(memory_format=torch.channels_last)
+        with self.autocast:
+            logits = self.step_model(images, batch["tokens"], batch["image_index"])
+        loss = segmentation_loss(
+            logits, batch["target"], self.params.loss.positive_weight, self.params.loss.dice_weight
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.params.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained, self.params.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss.detach()
+
+    def _finish_epoch(self, log: Log) -> None:
+        position = self.position
+        weights = self.average.module if self.average is not None else self.model
+        metrics = {"train/loss": self.train_loss, **self.validate(weights)}
+        position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
+        position.history.append({"epoch": position.epoch, **metrics})
+        if metrics["val/mIoU"] >= position.best_score:
+            position.best_score, position.best_epoch = metrics["val/mIoU"], position.epoch
+            self.best = cpu_copy(weights.state_dict())
+        if self.runtime.rank == 0:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print(f"epoch {position.epoch}/{self.params.epochs}  {shown}  ({self.seconds:.0f} s)", file=sys.stderr)
+            log(metrics, position.epoch * len(self.batches))
+        self.runtime.report({"epoch": float(position.epoch), **metrics}, self.checkpoint())
+
+
+def precision(name: str, device: torch.device) -> tuple[AbstractContextManager[Any], torch.amp.GradScaler]:
+    """Autocast context and gradient scaler for `auto`, `fp32`, `bf16` or `fp16`.
+
+    `auto` is bf16 on GPUs that have it and fp32 elsewhere. fp16 (the published CRIS recipe) scales the loss; the scaler is
+    a disabled pass-through for the others.
+    """
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16" and device.type == "cuda")
+    if name == "fp32":
+        return nullcontext(), scaler
+    return torch.autocast(device.type, torch.bfloat16 if name == "bf16" else torch.float16), scaler

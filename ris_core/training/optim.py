@@ -1,0 +1,53 @@
+"""Optimiser and learning-rate schedule. The schedule is a pure function of (epoch, step): it has no state to save."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from typing import Any
+
+import torch
+
+from ris_core.config import TrainParams
+
+
+def make_optimizer(groups: list[dict[str, Any]], params: TrainParams, device: torch.device) -> torch.optim.Optimizer:
+    """Adam or AdamW (betas .9/.999) over named groups `{"name", "params", "lr"}`; fused where the device has it.
+
+    AdamW decays only matrices and convolution kernels: biases, norms and scalars sit in groups of their own.
+    """
+    if params.optimizer == "adam":
+        return torch.optim.Adam(groups, weight_decay=params.weight_decay, fused=device.type == "cuda")
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        decayed = [p for p in group["params"] if p.ndim > 1]
+        others = [p for p in group["params"] if p.ndim <= 1]
+        split.append({**group, "params": decayed, "weight_decay": params.weight_decay})
+        split.append({**group, "params": others, "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in split if group["params"]], fused=device.type == "cuda")
+
+
+def learning_rate_factor(params: TrainParams, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """What every group's base rate is multiplied with at (0-based) step `step` of (0-based) epoch `epoch`."""
+    done = epoch * steps_per_epoch + step
+    warm = min(1.0, (done + 1) / params.warmup_steps) if params.warmup_steps else 1.0
+    if params.schedule == "multistep":
+        return warm * params.gamma ** bisect.bisect_right(params.milestones, epoch + 1)
+    return warm * 0.5 * (1 + math.cos(math.pi * done / (params.epochs * steps_per_epoch)))
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, params: TrainParams, epoch: int, step: int, steps_per_epoch: int
+) -> float:
+    """Set each group's rate for this step; returns the head's.
+
+    `first_epoch_backbone_multiplier` reproduces the official CRIS code, whose optimiser starts both groups at the base
+    rate and lowers the backbone's only from the second epoch on (specs: section 3.2, "why epoch 1 differs").
+    """
+    factor = learning_rate_factor(params, epoch, step, steps_per_epoch)
+    for group in optimizer.param_groups:
+        base = group["initial_lr"]
+        if group["name"] == "backbone" and epoch == 0 and params.first_epoch_backbone_multiplier is not None:
+            base = params.lr * params.first_epoch_backbone_multiplier
+        group["lr"] = base * factor
+    return params.lr * factor

@@ -1,0 +1,80 @@
+"""What a training loop needs from its surroundings, and the version without any cluster.
+
+The loop is written against `Runtime`. `LocalRuntime` serves one plain process and `torchrun`; the orchestration adds one
+for Ray Train. A loop that only sees this protocol gives the same weights under all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ris_core.training import checkpoint as checkpoints
+from ris_core.training.checkpoint import Checkpoint
+
+
+class Runtime(Protocol):
+    """Rank and world of this process, its device, and where checkpoints come from and go to."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on its device, wrapped for gradient averaging when there are several processes."""
+        ...
+
+    def load(self) -> Checkpoint | None:
+        """The newest checkpoint of this run, if there is one."""
+        ...
+
+    def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
+        """Hand out metrics and a checkpoint. Every rank must call it equally often; only rank 0's checkpoint counts."""
+        ...
+
+
+class LocalRuntime:
+    """A plain process, or one of `torchrun`'s; the newest checkpoint lies in `folder/checkpoint`."""
+
+    def __init__(self, folder: Path, device: str | None = None):
+        self.folder = folder / "checkpoint"
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device or best_device())
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        if self.world == 1:
+            return model
+        if self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index])
+        return nn.parallel.DistributedDataParallel(model)
+
+    def load(self) -> Checkpoint | None:
+        return checkpoints.load(self.folder) if checkpoints.exists(self.folder) else None
+
+    def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
+        if self.rank == 0 and checkpoint is not None:
+            checkpoints.save(self.folder, checkpoint)
+        if self.world > 1:
+            dist.barrier()
+
+
+def best_device() -> str:
+    """This process' GPU (`LOCAL_RANK`) where CUDA works, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum of a tensor over all processes; the tensor itself where there is only one."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
