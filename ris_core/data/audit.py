@@ -230,7 +230,8 @@ def _polygon_shape(polygons: list[list[float]]) -> tuple[float, list[float]]:
     area = 0.0
     for polygon in polygons:
         x, y = np.asarray(polygon[0::2]), np.asarray(polygon[1::2])
-        area += 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+        open_sum = np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])
+        area += 0.5 * abs(float(open_sum + x[-1] * y[0] - x[0] * y[-1]))
     xs = [number for polygon in polygons for number in polygon[0::2]]
     ys = [number for polygon in polygons for number in polygon[1::2]]
     return area, [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]

@@ -130,13 +130,13 @@ def read_records(path: str | Path) -> list[ImageRecord]:
         raise DataError(f"{path}: no such records file; the stage `prepare` writes it (dvc repro prepare)")
     try:
         table = pq.read_table(path, partitioning=None)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a whole Parquet file ({error}); delete it and run `prepare` again") from None
     version = (table.schema.metadata or {}).get(b"ris.schema_version", b"none").decode()
-    if version != SCHEMA_VERSION or not table.schema.equals(RECORDS_SCHEMA):
-        raise DataError(
-            f"{path}: records of schema version {version}, but this code reads {SCHEMA_VERSION}; run `prepare` again"
-        )
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; run `prepare` again")
+    if not table.schema.equals(RECORDS_SCHEMA):
+        raise DataError(f"{path} has other columns than records have; run `prepare` again")
     return [_from_row(row) for batch in table.to_batches(ROW_GROUP_IMAGES) for row in batch.to_pylist()]
 
 

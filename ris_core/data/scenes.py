@@ -240,7 +240,8 @@ def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """(H, W, 3) float32: blotches of a muted colour under stripes, squares or dots."""
-    blotches = np.clip(np.array(_pick(rng, _BACKDROPS)) + rng.normal(0, 16, (5, 5, 3)), 0, 255)
+    muted = np.array(_pick(rng, _BACKDROPS)) + rng.normal(0, 14, (5, 5, 1)) + rng.normal(0, 9, (5, 5, 3))
+    blotches = np.clip(muted, 0, 255)
     image = Image.fromarray(blotches.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     turn, period = rng.uniform(0, math.pi), rng.uniform(0.05, 0.16) * max(width, height)
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]

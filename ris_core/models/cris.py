@@ -9,6 +9,7 @@ for key, so official checkpoints load and ours load there. An image is encoded o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,36 +40,24 @@ class CRISConfig:
     dropout: float = 0.1
     coord_levels: str = "aggregate"  # "all": X and Y at every level of the neck (not official)
     freeze_token_embedding: bool = False  # the official code means to freeze it but trains it
-    freeze_logit_scale: bool = (
-        True  # CLIP's temperature is unused here; frozen, every trainable parameter has a gradient
-    )
+    freeze_logit_scale: bool = True  # CLIP's temperature plays no part here: frozen, nothing trainable lacks a gradient
     round_fp16: bool = False  # round CLIP's weights to fp16 as the official builder does (nothing changes for OpenAI's)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fpn_out", tuple(self.fpn_out))  # JSON and YAML bring a list
-
-    def problems(self, text_width: int) -> list[str]:
-        """Everything that contradicts itself or the CLIP's text width."""
-        found = []
-        if self.vis_dim != text_width:
-            found.append(f"vis_dim {self.vis_dim} must equal the CLIP's text width {text_width}")
-        if len(self.fpn_out) != 3 or min(self.fpn_out) < 1:
-            found.append(f"fpn_out {self.fpn_out} must be three positive channel counts")
-        elif self.fpn_out[1] != self.vis_dim:
-            found.append(f"fpn_out[1] {self.fpn_out[1]} must equal vis_dim {self.vis_dim}")
-        if self.vis_dim % 4:
-            found.append(f"vis_dim {self.vis_dim} must be divisible by 4 (2D sine positions)")
-        if self.num_heads < 1 or self.vis_dim % self.num_heads:
-            found.append(f"num_heads {self.num_heads} must divide vis_dim {self.vis_dim}")
-        found += [f"{name} {value} must be at least 1" for name, value in self._counts().items() if value < 1]
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout {self.dropout} must be in [0, 1)")
-        if self.coord_levels not in ("aggregate", "all"):
-            found.append(f"coord_levels {self.coord_levels!r} must be 'aggregate' or 'all'")
-        return found
-
-    def _counts(self) -> dict[str, int]:
-        return {"num_layers": self.num_layers, "ffn_dim": self.ffn_dim}
+        fpn, dim, heads = self.fpn_out, self.vis_dim, self.num_heads
+        checks = {
+            f"fpn_out is {fpn}: use three positive channel counts": len(fpn) == 3 and min(fpn) > 0,
+            f"fpn_out is {fpn}: its second entry must equal vis_dim {dim}": fpn[1:2] == (dim,),
+            f"vis_dim is {dim}: use a multiple of 4 (2D sine positions)": dim % 4 == 0,
+            f"num_heads is {heads}: it must divide vis_dim {dim}": heads > 0 and dim % heads == 0,
+            f"num_layers is {self.num_layers}: use 1 or more": self.num_layers > 0,
+            f"ffn_dim is {self.ffn_dim}: use 1 or more": self.ffn_dim > 0,
+            f"dropout is {self.dropout}: use 0 or more and less than 1": 0 <= self.dropout < 1,
+            f"coord_levels is {self.coord_levels!r}: use aggregate or all": self.coord_levels in ("aggregate", "all"),
+        }
+        if problems := [problem for problem, fine in checks.items() if not fine]:
+            raise ConfigError(list_problems("The configuration of CRIS is wrong", problems))
 
 
 class CRIS(nn.Module):
@@ -78,7 +67,7 @@ class CRIS(nn.Module):
     as a map. Dims: fpn_in = channels of C3 and C4 and the CLIP's embedding E, which is also the state's.
 
     Raises:
-        ConfigError: the CLIP is not a ResNet one, or dimensions contradict each other; all problems at once.
+        ConfigError: the CLIP is not a ResNet one, or its text is not vis_dim wide.
     """
 
     def __init__(self, clip: CLIP, config: CRISConfig) -> None:
@@ -87,8 +76,10 @@ class CRIS(nn.Module):
 
         if not isinstance(clip.visual, ModifiedResNet):
             raise ConfigError(f"CRIS needs a ResNet CLIP such as RN50-quickgelu, got {type(clip.visual).__name__}")
-        if problems := config.problems(clip.ln_final.weight.shape[0]):
-            raise ConfigError(list_problems("CRIS cannot be built", problems))
+        if config.vis_dim != (text_width := clip.ln_final.weight.shape[0]):
+            raise ConfigError(
+                f"vis_dim is {config.vis_dim}, but the CLIP's text is {text_width} wide: they must be equal"
+            )
         self.config = config
         pool = clip.visual.attnpool
         width, embed_dim = pool.c_proj.in_features, pool.c_proj.out_features
@@ -101,6 +92,11 @@ class CRIS(nn.Module):
             round_to_fp16(clip)
         clip.logit_scale.requires_grad_(not config.freeze_logit_scale)
         clip.token_embedding.requires_grad_(not config.freeze_token_embedding)
+
+    @classmethod
+    def build(cls, clip: CLIP, config: CRISConfig) -> CRIS:
+        """CRIS with fresh parts on a CLIP: how every system of the registry is made."""
+        return cls(clip, config)
 
     def encode_image(self, images: torch.Tensor) -> ImageFeatures:
         """Normalised images (B, 3, H, W), sides multiples of 32 -> everything that needs no text."""
@@ -172,14 +168,12 @@ class CRIS(nn.Module):
         """
         state = {key.removeprefix("module."): value for key, value in state.items()}
         architecture, dims = infer_dimensions(state)
-        model = cls(build_clip(architecture), CRISConfig(**dims, num_heads=num_heads, dropout=dropout))
+        try:
+            model = cls(build_clip(architecture), CRISConfig(**dims, num_heads=num_heads, dropout=dropout))
+        except ConfigError as error:
+            raise WeightsError(f"The dimensions read from the state dict contradict each other. {error}") from error
         load_strictly(model, state, "The state dict does not fit CRIS as its own keys describe it")
         return model
-
-
-def build(clip: CLIP, config: CRISConfig) -> CRIS:
-    """CRIS with freshly initialised parts on top of a CLIP (see `CRIS`)."""
-    return CRIS(clip, config)
 
 
 def parameter_group(name: str, pos_embed_group: Literal["head", "backbone"] = "head") -> str:
@@ -211,47 +205,43 @@ def infer_dimensions(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any],
     """
     missing: list[str] = []
 
-    def shape(key: str) -> torch.Size:
-        if key not in state:
+    def rows(key: str) -> int:
+        """The first dimension of a tensor, 64 where it is missing (the error below comes before that is used)."""
+        if key not in state or state[key].ndim == 0:
             missing.append(key)
-            return torch.Size((1, 1))
-        return state[key].shape
+            return 64
+        return state[key].shape[0]
 
     def count(pattern: str) -> int:
         """How many of pattern.format(0), pattern.format(1), ... are there."""
-        n = 0
-        while pattern.format(n) in state:
-            n += 1
-        if n == 0:
+        numbers = itertools.takewhile(lambda n: pattern.format(n) in state, itertools.count())
+        found = sum(1 for _ in numbers)
+        if found == 0:
             missing.append(pattern.format(0))
-        return n
+        return found
 
-    embed_dim = shape("backbone.text_projection")[1]
-    text_width = shape("backbone.ln_final.weight")[0]
-    context, vocabulary = shape("backbone.positional_embedding")[0], shape("backbone.token_embedding.weight")[0]
-    grid = math.isqrt(shape("backbone.visual.attnpool.positional_embedding")[0] - 1)
-    layers = [count(f"backbone.visual.layer{level}.{{}}.conv1.weight") for level in (1, 2, 3, 4)]
+    text_width = rows("backbone.ln_final.weight")
     architecture = {
-        "embed_dim": embed_dim,
+        "embed_dim": rows("backbone.visual.attnpool.c_proj.weight"),
         "quick_gelu": True,
         "vision_cfg": {
-            "layers": layers,
-            "width": shape("backbone.visual.layer1.0.conv1.weight")[0],
-            "image_size": 32 * grid,
+            "layers": [count(f"backbone.visual.layer{level}.{{}}.conv1.weight") for level in (1, 2, 3, 4)],
+            "width": rows("backbone.visual.layer1.0.conv1.weight"),
+            "image_size": 32 * math.isqrt(rows("backbone.visual.attnpool.positional_embedding") - 1),
         },
         "text_cfg": {
-            "context_length": context,
-            "vocab_size": vocabulary,
+            "context_length": rows("backbone.positional_embedding"),
+            "vocab_size": rows("backbone.token_embedding.weight"),
             "width": text_width,
             "heads": max(1, text_width // 64),
             "layers": count("backbone.transformer.resblocks.{}.ln_1.weight"),
         },
     }
     dims = {
-        "vis_dim": shape("decoder.norm.weight")[0],
-        "fpn_out": tuple(shape(f"neck.{name}.0.weight")[0] for name in ("f3_v_proj", "f2_v_proj", "f1_v_proj")),
+        "vis_dim": rows("decoder.norm.weight"),
+        "fpn_out": tuple(rows(f"neck.{name}.0.weight") for name in ("f3_v_proj", "f2_v_proj", "f1_v_proj")),
         "num_layers": count("decoder.layers.{}.norm1.weight"),
-        "ffn_dim": shape("decoder.layers.0.ffn.0.weight")[0],
+        "ffn_dim": rows("decoder.layers.0.ffn.0.weight"),
     }
     if missing:
         remedy = "Give the 'state_dict' of a CRIS checkpoint (keys like 'module.neck.txt_proj.0.weight')."

@@ -23,20 +23,21 @@ from ris_core.errors import ConfigError, WeightsError
 from ris_core.models.clip import build_clip, read_clip_config
 
 FORMAT = 1
-SYSTEMS = {"cris": ("ris_core.models.cris", "CRIS", "CRISConfig")}
+SYSTEMS = {"cris": ("ris_core.models.cris", "CRISConfig")}  # name -> module with `build`, its configuration class
 
 
 def _parts(system: str) -> tuple[Any, Any]:
+    """A system's `build` function and configuration class."""
     if system not in SYSTEMS:
         raise ConfigError(f"unknown system '{system}'; there are {', '.join(SYSTEMS)}")
-    module, model, config = SYSTEMS[system]
+    module, config = SYSTEMS[system]
     loaded = importlib.import_module(module)
-    return getattr(loaded, model), getattr(loaded, config)
+    return loaded.build, getattr(loaded, config)
 
 
 def build_model(system: str, config: Any, clip: nn.Module) -> nn.Module:
     """A system with fresh layers on a given CLIP. Raises ConfigError for an unknown name."""
-    return _parts(system)[0].build(clip, config)
+    return _parts(system)[0](clip, config)
 
 
 def export_model(
