@@ -13,7 +13,12 @@ import typer
 
 from pipelines import evaluate, paths, prepare, preprocess, pretrain_clip, register, report, synthesize, train
 
-commands = typer.Typer(no_args_is_help=True, add_completion=False, help="Referring image segmentation, from data to mask.")
+commands = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Referring image segmentation, from data to mask.",
+)
 for verb, module in (
     ("synthesize", synthesize),
     ("prepare", prepare),

@@ -47,7 +47,7 @@ def connected(**init: Any) -> Iterator[None]:
         settings["address"] = address
         print(f"joining the Ray cluster at {address}", file=sys.stderr)
     else:
-        settings |= {"address": "local", "include_dashboard": False, "log_to_driver": True, **init}
+        settings |= {"address": "local", "include_dashboard": True, "log_to_driver": True, **init}
     ray.init(logging_level="warning", **settings)
     try:
         yield

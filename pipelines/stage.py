@@ -28,8 +28,10 @@ def run(main: Callable[..., Any]) -> None:
     """Run a stage's `main` as a command line. An expected error ends it with exit code 1 and its message alone."""
     from ris_core.errors import RISError
 
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
     try:
-        typer.run(main)
+        app()
     except RISError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -16,6 +16,7 @@ from ris_core.data.expressions import (
     Place,
     Program,
     Rank,
+    Relation,
     Verdict,
     likely_places,
     propose,
@@ -33,7 +34,7 @@ FOCUS = {
 
 ARTICLES = ("a", "an", "the")  # two expressions that differ by these only are alike
 
-_ROUNDS = 3  # how often each kind is come back to while a target lacks sentences
+_ROUNDS = 5  # how often each kind is come back to while a target lacks sentences
 _TRIES = 6  # lots drawn each time
 
 
@@ -56,9 +57,9 @@ class Flavour:
 _UNC = ("train", "val", "testA", "testB")
 _UMD = ("train", "val", "test")
 _ALL = (*DIRECTIONS, *PLAIN_RELATIONS)
-_SHAPES_KINDS = {"attribute": 1.0, "size": 0.6, "location": 1.1, "order": 0.4, "relation": 1.5}
-_PLUS_KINDS = {"attribute": 0.6, "size": 1.2, "relation": 2.5}
-_LONG_KINDS = {"attribute": 0.35, "size": 0.5, "location": 1.0, "order": 0.5, "relation": 1.8}
+_SHAPES_KINDS = {"attribute": 1.0, "size": 0.7, "location": 1.1, "order": 0.3, "relation": 1.8}
+_PLUS_KINDS = {"attribute": 0.5, "size": 1.2, "relation": 3.0}
+_LONG_KINDS = {"attribute": 0.25, "size": 0.5, "location": 1.0, "order": 0.45, "relation": 2.5}
 FLAVOURS = {
     "shapes": Flavour("shapes", "unc", _UNC, 1, _ALL, _SHAPES_KINDS),
     "shapes+": Flavour("shapes+", "unc", _UNC, 1, PLAIN_RELATIONS, _PLUS_KINDS),
@@ -82,9 +83,10 @@ class Expression:
 def describe(
     scene: Scene, targets: Iterable[int], flavour: Flavour, counts: tuple[int, int], rng: Random
 ) -> dict[int, list[Expression]]:
-    """Expressions for each target, at least counts[0] and at most counts[1], of different kinds while there are any.
+    """Between counts[0] and counts[1] expressions for each target, of different kinds while there are any.
 
-    No two in a scene are alike, also between targets. A target of which too little can be said is left out.
+    No two in a scene are alike, also between targets. A target of which little can be said has fewer; one of which
+    nothing can be said without doubt is left out.
     """
     used: set[tuple[str, ...]] = set()
     described = {}
@@ -100,7 +102,7 @@ def describe(
             if expression and essence not in used:
                 used.add(essence)
                 found.append(expression)
-        if len(found) >= counts[0]:
+        if found:
             described[target] = found
     return described
 
@@ -124,10 +126,13 @@ def _express(kind: str, scene: Scene, target: int, flavour: Flavour, rng: Random
 def _elaborate(program: Program, scene: Scene, target: int, flavour: Flavour, rng: Random) -> Program:
     """Add to a program that singles out its target up to two places or relations that hold of the target too."""
     modifiers = program.modifiers
-    group = program.noun.group(scene)
-    if not any(isinstance(modifier, Place | Rank) for modifier in modifiers) and rng.random() < 0.5:
-        place = Place(rng.choice(likely_places(scene, target)))
-        modifiers += (place,) if place.judge(scene, group, target) is Verdict.YES else ()
+    anchors = [modifier.anchor.group(scene) for modifier in modifiers if isinstance(modifier, Relation)]
     relation = propose_relation(scene, target, program.noun, flavour.relations, rng)
-    modifiers += (relation,) if relation and relation not in modifiers else ()
+    if relation and relation.anchor.group(scene) not in anchors:
+        modifiers += (relation,)
+    placed = any(isinstance(modifier, Place | Rank) for modifier in modifiers)
+    if not placed and (relation is None or rng.random() < 0.4):
+        place = Place(rng.choice(likely_places(scene, target)))
+        holds = place.judge(scene, program.noun.group(scene), target) is Verdict.YES
+        modifiers += (place,) if holds else ()
     return Program(program.noun, modifiers)

@@ -87,7 +87,7 @@ def _look(root: Path, path: str, image: ImageInfo) -> tuple[Problem | None, str]
             size, mode = picture.size, picture.mode
             if size == (image.width, image.height):
                 # At an eighth of the size a JPEG is still read to its end, which finds cut files at half the cost.
-                picture.draft(mode, (image.width // 8, image.height // 8))
+                picture.draft(mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
                 picture.load()
     except UnidentifiedImageError:
         return _undecodable(image, path, "no image format that Pillow knows"), ""

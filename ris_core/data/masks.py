@@ -1,9 +1,9 @@
 """The one mask codec: COCO run-length text <-> binary masks, and every COCO `segmentation` form -> that text.
 
-A mask is written as the ASCII `counts` of a COCO compressed RLE: column-major runs at the image's own size. The format
-and the rasterising of polygons are those of pycocotools (github.com/cocodataset/cocoapi, common/maskApi.c).
-What pycocotools takes on trust is checked here first: counts that do not fill the image would make it return
-uninitialised memory, an empty polygon ends in an IndexError, and one of four numbers is taken for a box.
+A mask is written as the ASCII `counts` of a COCO compressed RLE: column-major runs at the image's own size. Encoding
+and the rasterising of polygons are those of pycocotools (github.com/cocodataset/cocoapi, common/maskApi.c), behind
+checks of what it takes on trust: an empty polygon would end in an IndexError, one of four numbers be taken for a box.
+Decoding is done here, because counts that do not fill the image make pycocotools return uninitialised memory.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _SCENE, _CAPTIONS, _WORDS = range(3)  # streams of chance of one picture; each f
 class SyntheticSpec:
     """How much to draw. Counts are images a split: `test` counts testA and testB each, or the one test of shapesg.
 
-    canvas is the longest side in pixels; sentences_per_ref the least and the most of them.
+    canvas is the longest side in pixels; sentences_per_ref the least and the most, fewer where there is little to say.
     Raises ConfigError naming every bad field.
     """
 

@@ -98,19 +98,28 @@ def load_clip(architecture: Architecture, weights: str | Path | None = None) -> 
         WeightsError: nothing there, unreadable, another activation (OpenAI's weights need QuickGELU, hence a
             "-quickgelu" architecture), or tensors that do not fit: all of them are listed.
     """
-    clip = build_clip(architecture)
     if weights is None:
-        return clip
+        return build_clip(architecture)
     config = resolve_architecture(architecture)
-    name = architecture if isinstance(architecture, str) else "the given config"
-    state, quick_gelu, source = _find_weights(architecture, weights)
-    if quick_gelu is not None and quick_gelu != bool(config.get("quick_gelu", False)):
-        need, got = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
-        remedy = f"use the architecture {name}-quickgelu" if quick_gelu else "use the architecture without '-quickgelu'"
+    name = architecture if isinstance(architecture, str) else "the given architecture"
+    tag_name = name.removesuffix("-quickgelu")
+    path = Path(weights)
+    if str(weights) in _tags(tag_name):
+        state = _read_pretrained(tag_name, str(weights), config)
+    elif path.is_dir():
+        _check_activation(config, bool(read_clip_config(path)["architecture"].get("quick_gelu", False)), str(path))
+        state = _read_saved(path)
+    elif path.is_file():
+        state, from_openai = _read_state_file(path)
+        if from_openai:
+            _check_activation(config, True, f"{path} (OpenAI's format)")
+    else:
+        tags = ", ".join(_tags(tag_name)) or "none"
         raise WeightsError(
-            f"{source} was trained with {need}, but {name} computes {got}: its features would be wrong; {remedy}"
+            f"no CLIP weights {str(weights)!r}: no such file or folder, nor a tag of {name} (its tags: {tags})"
         )
-    load_strictly(clip, state, f"{source} does not fit {name}")
+    clip = build_clip(architecture)
+    load_strictly(clip, state, f"{weights} does not fit {name}")
     return clip
 
 
@@ -211,43 +220,39 @@ def encode_words(clip: CLIP, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
     return words, at_end @ clip.text_projection
 
 
-def _find_weights(architecture: Architecture, weights: str | Path) -> tuple[dict[str, torch.Tensor], bool | None, str]:
-    """(state dict, whether they need QuickGELU or None if nothing tells, how to name them in a message)."""
+def _tags(name: str) -> list[str]:
     import open_clip
 
-    name = architecture if isinstance(architecture, str) else ""
-    path = Path(weights)
-    tags = open_clip.list_pretrained_tags_by_model(name.removesuffix("-quickgelu"))
-    if str(weights) in tags:
-        return _fetch_pretrained(name.removesuffix("-quickgelu"), str(weights))
-    if path.is_dir():
-        return _read_saved(path), bool(read_clip_config(path)["architecture"].get("quick_gelu", False)), str(path)
-    if path.is_file():
-        state, quick_gelu = _read_state_file(path)
-        return state, quick_gelu, str(path)
-    looks_like_path = path.suffix != "" or len(path.parts) > 1
-    if looks_like_path:
-        raise WeightsError(f"no CLIP weights at {path}: give an existing file or folder, or an open_clip tag")
-    known = f"{name} has the tags {', '.join(tags)}" if tags else f"open_clip has no pretrained weights for {name!r}"
-    raise WeightsError(f"CLIP weights {str(weights)!r} are neither a pretrained tag nor a file here; {known}")
+    return open_clip.list_pretrained_tags_by_model(name)
 
 
-def _fetch_pretrained(name: str, tag: str) -> tuple[dict[str, torch.Tensor], bool, str]:
+def _check_activation(config: Mapping[str, Any], trained_with_quick_gelu: bool, source: str) -> None:
+    """Nothing in a weight tells its activation, and the wrong one silently spoils every feature."""
+    if trained_with_quick_gelu == bool(config.get("quick_gelu", False)):
+        return
+    trained, computed = ("QuickGELU", "GELU") if trained_with_quick_gelu else ("GELU", "QuickGELU")
+    remedy = "ending in -quickgelu (or quick_gelu: true)" if trained_with_quick_gelu else "without -quickgelu"
+    raise WeightsError(
+        f"{source} was trained with {trained}, but the architecture computes {computed}: take the one {remedy}"
+    )
+
+
+def _read_pretrained(name: str, tag: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     settings = get_pretrained_cfg(name, tag)
-    if settings["mean"] != IMAGE_MEAN or settings["std"] != IMAGE_STD:
-        raise WeightsError(
-            f"open_clip weights {name}:{tag} expect another image normalisation than CLIP's; not supported"
-        )
+    source = f"open_clip's {name}:{tag}"
+    _check_activation(config, bool(settings.get("quick_gelu", False)), source)
+    if tuple(settings["mean"]) != IMAGE_MEAN or tuple(settings["std"]) != IMAGE_STD:
+        raise WeightsError(f"{source} expects another image normalisation than OpenAI's, which is not supported")
     try:
         path = Path(download_pretrained(settings))
     except (OSError, RuntimeError) as error:
         raise WeightsError(
-            f"open_clip weights {name}:{tag} are not in the local cache and could not be fetched ({error}). Run once "
-            "where there is a network (without HF_HUB_OFFLINE), or download the file elsewhere and give its path"
+            f"{source} is not in the local cache and could not be fetched ({error}). Run once where there is a network "
+            "(without HF_HUB_OFFLINE), or download the file elsewhere and give its path"
         ) from error
-    return _read_state_file(path)[0], bool(settings.get("quick_gelu", False)), f"open_clip weights {name}:{tag}"
+    return _read_state_file(path)[0]
 
 
 def _read_saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -259,11 +264,11 @@ def _read_saved(folder: Path) -> dict[str, torch.Tensor]:
     return _read_state_file(path)[0]
 
 
-def _read_state_file(path: Path) -> tuple[dict[str, torch.Tensor], bool | None]:
-    """The tensors of a weights file, and True if it is OpenAI's own format (always QuickGELU), else None."""
+def _read_state_file(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors of a weights file, and whether it is OpenAI's own format (then always QuickGELU)."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path), None
+            return load_file(path), False
         if _is_torchscript(path):
             content = torch.jit.load(path, map_location="cpu").state_dict()
         else:
@@ -279,7 +284,7 @@ def _read_state_file(path: Path) -> tuple[dict[str, torch.Tensor], bool | None]:
         )
     state = {key.removeprefix("module."): value for key, value in state.items()}
     from_openai = any(key in state for key in _OPENAI_EXTRAS)
-    return {key: value for key, value in state.items() if key not in _OPENAI_EXTRAS}, from_openai or None
+    return {key: value for key, value in state.items() if key not in _OPENAI_EXTRAS}, from_openai
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -23,21 +23,21 @@ from ris_core.errors import ConfigError, WeightsError
 from ris_core.models.clip import build_clip, read_clip_config
 
 FORMAT = 1
-SYSTEMS = {"cris": ("ris_core.models.cris", "CRISConfig")}  # name -> module with `build`, its configuration class
+SYSTEMS = {"cris": ("ris_core.models.cris", "CRIS", "CRISConfig")}  # name -> module, class, configuration
 
 
 def _parts(system: str) -> tuple[Any, Any]:
-    """A system's `build` function and configuration class."""
+    """A system's class, which has `build(clip, config)`, and its configuration class."""
     if system not in SYSTEMS:
         raise ConfigError(f"unknown system '{system}'; there are {', '.join(SYSTEMS)}")
-    module, config = SYSTEMS[system]
+    module, model, config = SYSTEMS[system]
     loaded = importlib.import_module(module)
-    return loaded.build, getattr(loaded, config)
+    return getattr(loaded, model), getattr(loaded, config)
 
 
 def build_model(system: str, config: Any, clip: nn.Module) -> nn.Module:
     """A system with fresh layers on a given CLIP. Raises ConfigError for an unknown name."""
-    return _parts(system)[0](clip, config)
+    return _parts(system)[0].build(clip, config)
 
 
 def export_model(
