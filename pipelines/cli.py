@@ -37,10 +37,12 @@ def predict(
     image: Annotated[Path, typer.Argument(help="a JPEG or PNG")],
     expression: Annotated[str, typer.Argument(help="which object, in words")],
     out: Annotated[Path, typer.Option(help="where to write the picture with the mask drawn")] = Path("overlay.png"),
-    model: Annotated[
-        str, typer.Option(help="a model folder, or models:/name@alias of the registry")
-    ] = str(paths.model("cris", "shapes")),
-    threshold: Annotated[float, typer.Option(help="a pixel belongs to the mask if its probability is above this")] = 0.5,
+    model: Annotated[str, typer.Option(help="a model folder, or models:/name@alias of the registry")] = str(
+        paths.model("cris", "shapes")
+    ),
+    threshold: Annotated[
+        float, typer.Option(help="a pixel belongs to the mask if its probability is above this")
+    ] = 0.5,
 ) -> None:
     """Mark the object an expression names: writes a picture, prints the score and the mask's size."""
     from pipelines.tracking import model_folder

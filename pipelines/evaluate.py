@@ -41,7 +41,9 @@ def main(
     store = ShardStore(paths.shards(dataset))
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[name] for name in chosen.evaluate.protocols]
-    tables = score(chosen, paths.model(system, dataset), paths.shards(dataset), jobs(protocols, splits, chosen.evaluate))
+    tables = score(
+        chosen, paths.model(system, dataset), paths.shards(dataset), jobs(protocols, splits, chosen.evaluate)
+    )
 
     metrics: dict[str, Any] = {}
     with files.replaced_folder(paths.expressions(system, dataset)) as folder:
@@ -110,7 +112,9 @@ def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]
             num_gpus=1 if use_gpu else 0,
         )
         table = cluster.collect(rows).sort_by("position")
-    done = {job["job"]: table.filter(pc.equal(table["job"], job["job"])).drop_columns(["job", "position"]) for job in wanted}
+    done = {
+        job["job"]: table.filter(pc.equal(table["job"], job["job"])).drop_columns(["job", "position"]) for job in wanted
+    }
     return done
 
 

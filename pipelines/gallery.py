@@ -22,7 +22,9 @@ def choose(table: pa.Table) -> list[dict[str, Any]]:
     chosen = []
     for kind in KINDS:
         rows = [
-            {**row, "iou": row["intersection"] / max(1, row["union"])} for row in table.to_pylist() if row["kind"] == kind
+            {**row, "iou": row["intersection"] / max(1, row["union"])}
+            for row in table.to_pylist()
+            if row["kind"] == kind
         ]
         hits = sorted((row for row in rows if row["iou"] >= 0.5), key=lambda row: (row["iou"], row["sent_id"]))
         misses = sorted((row for row in rows if row["iou"] < 0.1), key=lambda row: (-row["score"], row["sent_id"]))
@@ -32,7 +34,9 @@ def choose(table: pa.Table) -> list[dict[str, Any]]:
     return chosen
 
 
-def draw(rows: list[dict[str, Any]], model: Path, store: ShardStore, image_root: Path, out: Path) -> list[dict[str, Any]]:
+def draw(
+    rows: list[dict[str, Any]], model: Path, store: ShardStore, image_root: Path, out: Path
+) -> list[dict[str, Any]]:
     """Write one PNG per row into `out` (prediction tinted, true outline in green) and return rows with file names."""
     from ris_core.data.shards import load_image
     from ris_core.evaluation.figures import overlay
@@ -51,5 +55,7 @@ def draw(rows: list[dict[str, Any]], model: Path, store: ShardStore, image_root:
         scale = max(1, round(320 / max(pixels.shape[:2])))
         name = f"{number:02d}-{row['verdict']}-{row['kind']}.png"
         overlay(pixels, prediction.mask, store.mask(index, ann_id).astype(bool), scale).save(out / name, optimize=True)
-        shown.append({"file": name, **{key: row[key] for key in ("text", "kind", "verdict", "iou", "score", "sent_id")}})
+        shown.append(
+            {"file": name, **{key: row[key] for key in ("text", "kind", "verdict", "iou", "score", "sent_id")}}
+        )
     return shown

@@ -48,9 +48,13 @@ def main(
         "dvc_lock_sha256": fingerprint.file_digest(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
     }
     gallery = paths.evaluation(system, dataset) / "gallery"
-    version = tracking.register_model(info["mlflow_run"], name, model, numbers, tags, gallery if gallery.exists() else None)
+    version = tracking.register_model(
+        info["mlflow_run"], name, model, numbers, tags, gallery if gallery.exists() else None
+    )
     verdict = tracking.promote(name, version, chosen.alias, tags, chosen.minimum)
-    files.write_json(paths.registration(system, dataset), {"model": name, "protocol": protocol, "score": score, **verdict})
+    files.write_json(
+        paths.registration(system, dataset), {"model": name, "protocol": protocol, "score": score, **verdict}
+    )
     typer.echo(f"models:/{name}/{version}  {chosen.split} {chosen.metric} {score:.3f}: {verdict['decision']}")
 
 

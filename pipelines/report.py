@@ -25,11 +25,15 @@ def main() -> None:
     import jinja2
 
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     runs = [read_run(folder) for folder in sorted(Path("results/evaluate").iterdir())]
     clip = json.loads(Path("results/clip/metrics.json").read_text())
-    page = templates.get_template("report.html").render(runs=runs, clip=clip, curves=curves(runs), precision_at=PRECISION)
+    page = templates.get_template("report.html").render(
+        runs=runs, clip=clip, curves=curves(runs), precision_at=PRECISION
+    )
     files.write_text(paths.REPORT / "index.html", page)
     typer.echo(paths.REPORT / "index.html")
 
@@ -64,7 +68,13 @@ def curves(runs: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
     for axis, (column, title) in zip(axes, CURVES, strict=True):
         for each in runs:
-            axis.plot([row["epoch"] for row in each["history"]], [row[column] for row in each["history"]], "o-", ms=3, label=each["name"])
+            axis.plot(
+                [row["epoch"] for row in each["history"]],
+                [row[column] for row in each["history"]],
+                "o-",
+                ms=3,
+                label=each["name"],
+            )
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0].legend()

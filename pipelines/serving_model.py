@@ -6,9 +6,10 @@ import base64
 import binascii
 from typing import Any
 
-import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
+
+import mlflow
 
 
 class RISModel(PythonModel):

@@ -113,8 +113,9 @@ def metric_name(name: str) -> str:
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], step: int) -> None:
     """All metrics of a step in one request."""
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
+
+    from mlflow import MlflowClient
 
     now = int(time.time() * 1000)
     batch = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
@@ -167,12 +168,13 @@ def register_model(
     import io
     import sys
 
-    import mlflow
     import numpy as np
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from PIL import Image
+
+    import mlflow
 
     client = connect()
     same = client.search_model_versions(f"name = '{name}'")
@@ -192,7 +194,12 @@ def register_model(
             signature=ModelSignature(
                 inputs=Schema([ColSpec("string", "image"), ColSpec("string", "text")]),
                 outputs=Schema(
-                    [ColSpec("string", "counts"), ColSpec("long", "height"), ColSpec("long", "width"), ColSpec("double", "score")]
+                    [
+                        ColSpec("string", "counts"),
+                        ColSpec("long", "height"),
+                        ColSpec("long", "width"),
+                        ColSpec("double", "score"),
+                    ]
                 ),
                 params=ParamSchema([ParamSpec("threshold", "double", 0.5), ParamSpec("allow_paths", "boolean", False)]),
             ),
@@ -210,7 +217,18 @@ def requirements() -> list[str]:
     """What the packaged model needs, at the versions it was tested with."""
     from importlib.metadata import version
 
-    needed = ("mlflow", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "pandas", "pyarrow", "pillow", "pycocotools")
+    needed = (
+        "mlflow",
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+        "timm",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "pillow",
+        "pycocotools",
+    )
     return [f"{name}=={version(name)}" for name in (*needed, "omegaconf", "safetensors")]
 
 

@@ -8,7 +8,6 @@ from its newest checkpoint in `RIS_STORAGE` (default `runs/`); with anything cha
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +69,9 @@ def main(
         export_model(folder, system, best.best, getattr(chosen, system), paths.CLIP, info)
     out = paths.training(system, dataset)
     files.write_csv(out / "history.csv", position.history)
-    files.write_json(out / "metrics.json", {"best_epoch": position.best_epoch, **position.history[position.best_epoch - 1]})
+    files.write_json(
+        out / "metrics.json", {"best_epoch": position.best_epoch, **position.history[position.best_epoch - 1]}
+    )
     typer.echo(f"{paths.model(system, dataset)}: best epoch {position.best_epoch}, val mIoU {position.best_score:.3f}")
 
 
@@ -78,8 +79,6 @@ def fit(params: Params, system: str, dataset: str, name: str, run_id: str) -> Ch
     """Run the workers to the end and return the final checkpoint, which carries the best weights too."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-
-    import torch
 
     from ris_core.training import checkpoint as checkpoints
 
@@ -168,7 +167,9 @@ def train_worker(config: dict[str, Any]) -> None:
     def log(metrics: dict[str, float], step: int) -> None:
         tracking.log_metrics(config["run_id"], metrics, step)
 
-    trainer = make_trainer(config["params"], config["system"], Path(config["shards"]), Path(config["clip"]), RayRuntime())
+    trainer = make_trainer(
+        config["params"], config["system"], Path(config["shards"]), Path(config["clip"]), RayRuntime()
+    )
     trainer.fit(log)
 
 

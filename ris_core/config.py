@@ -203,6 +203,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 def preset_overrides(path: str | Path = "params.yaml") -> list[str]:
     """What the chosen preset sets over the sections of the file, as `key: section's value -> preset's value` lines."""
     raw = OmegaConf.load(path)
+    assert isinstance(raw, DictConfig)
     preset = raw.get("presets", {}).get(raw.get("preset", "default")) or {}
     return [
         f"{key}: {OmegaConf.select(raw, key)} -> {value}"

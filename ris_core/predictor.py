@@ -1,8 +1,8 @@
 """Image and expression in, mask out: what a downstream team uses.
 
-    predictor = RISPredictor.from_folder("models/cris-shapes")
-    predictor.set_image("street.jpg")
-    mask = predictor.predict(["the man in the red cap"])[0].mask
+predictor = RISPredictor.from_folder("models/cris-shapes")
+predictor.set_image("street.jpg")
+mask = predictor.predict(["the man in the red cap"])[0].mask
 """
 
 from __future__ import annotations
@@ -100,4 +100,6 @@ def read_image(image: ImageLike) -> np.ndarray:
     except FileNotFoundError:
         raise DataError(f"no image at {name}") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{name}: not an image that can be decoded ({type(error).__name__}); give a JPEG or PNG") from error
+        raise DataError(
+            f"{name}: not an image that can be decoded ({type(error).__name__}); give a JPEG or PNG"
+        ) from error

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from ris_core.data import masks
+from ris_core.data.images import Decoded, locate_images
 from ris_core.data.images import check_images as decode_images
-from ris_core.data.images import locate_images
 from ris_core.data.join import build_records, exclude_images
 from ris_core.data.records import ImageRecord, Instance
 from ris_core.data.refer import DatasetName, ReferFiles, facts, read_refer, read_references
@@ -66,46 +66,60 @@ def prepare(
     if strict and differences:
         remedy = "Get the whole official files, or turn `strict` off (params.yaml: prepare.strict)."
         raise DataError(list_problems(f"{name} differs from the published counts", differences, remedy))
-    elsewhere = {image for other in others.values() for image, ref in other.references if ref.split != "train"}
-    written, excluded = exclude_images(records, elsewhere)
-    report = audit(files, written, problems)
-    report["refs"]["excluded"] = excluded
-    report["images"] |= {"checked": check_images, "not_rgb": decoded.not_rgb if decoded else None}
-    report["published"] = published
+    scored = {image for other in others.values() for image, ref in other.references if ref.split != "train"}
+    written, excluded = exclude_images(records, scored)
+    report = audit(files, written, problems, decoded, excluded)
     groups = _split_images(name, ((record.image_id, ref.split) for record in written for ref in record.refs))
     for other, refs in others.items():
-        if other != name:
-            groups |= _split_images(other, ((image_id, ref.split) for image_id, ref in refs.references))
+        groups = {**_split_images(other, ((image_id, ref.split) for image_id, ref in refs.references)), **groups}
     report["shared_images"] = image_leakage(groups)
-    report["warnings"] = differences + _leaks(report["shared_images"])
+    report["published"] = published
+    report["warnings"] = [*_left_out(report["refs"]), *differences, *_leaks(report["shared_images"])]
     for warning in report["warnings"]:
-        log.warning(warning)
+        log.warning("%s: %s", name, warning)
     return written, report
 
 
-def audit(files: ReferFiles, records: Sequence[ImageRecord], problems: Sequence[Problem]) -> dict[str, Any]:
-    """Counts and problems of what was read (`files`, `problems`) and of what is used (`records`), JSON-able."""
+def audit(
+    files: ReferFiles,
+    records: Sequence[ImageRecord],
+    problems: Sequence[Problem],
+    decoded: Decoded | None,
+    excluded: int,
+) -> dict[str, Any]:
+    """Counts and problems of what was read (`files`, `problems`) and of what is used (`records`), JSON-able.
+
+    `decoded` is None when images were not checked; `excluded` is the number of refs left out on purpose. Numbers are in
+    dicts, which `dvc metrics` shows, tables and texts in lists, which it passes over.
+    """
     kept = sum(len(record.refs) for record in records)
     instances = [instance for record in records for instance in record.instances]
     problems = [*problems, *_odd_texts(records), *_odd_shapes(files, records)]
     counts = Counter(problem.kind for problem in problems)
     return {
         "dataset": files.name.name,
-        "inputs": [asdict(entry) for entry in files.inputs],
-        "refs": {"in_file": files.refs_in_file, "kept": kept},
+        "refs": {
+            "in_file": files.refs_in_file,
+            "bad": files.refs_in_file - kept - excluded,
+            "excluded": excluded,
+            "kept": kept,
+        },
         "images": {
-            "in_file": len(files.images) + len(files.bad_images.keys() - files.images.keys()),
+            "in_file": len(files.images.keys() | files.bad_images.keys()),
             "kept": len(records),
+            "checked": decoded is not None,
+            "not_rgb": decoded.not_rgb if decoded else None,
         },
         "annotations": {
-            "in_file": len(files.annotations) + len(files.bad_annotations.keys() - files.annotations.keys()),
+            "in_file": len(files.annotations.keys() | files.bad_annotations.keys()),
             "kept": len(instances),
             "crowds": sum(instance.iscrowd for instance in instances),
         },
         "splits": {split: _count(records, split) for split in files.name.splits},
         "problems": {kind: counts[kind] for kind in PROBLEM_KINDS if counts[kind]},
-        "sentences": [{"split": split, **_describe_texts(records, split)} for split in files.name.splits],
         "messages": [text for kind in PROBLEM_KINDS for text in _first(problems, kind)],
+        "sentences": [{"split": split, **_describe_texts(records, split)} for split in files.name.splits],
+        "inputs": [asdict(entry) for entry in files.inputs],
     }
 
 
@@ -144,6 +158,10 @@ def _difference(row: Mapping[str, Any]) -> str:
     if row["found"] == row["published"]:
         return ""
     return f"{row['split']}: {row['found']} {row['what']}, published are {row['published']}"
+
+
+def _left_out(refs: Mapping[str, int]) -> list[str]:
+    return [f"{refs['bad']} of {refs['in_file']} refs cannot be used and were left out"] if refs["bad"] else []
 
 
 def _leaks(shared: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -27,10 +27,8 @@ from ris_core.data.scenes import ROUND, SHAPES, Scene
 from ris_core.data.wording import clean, long_phrase, phrase, typed
 
 LONG_WORDS = (8, 15)  # least and most words of a long expression
-FOCUS = {
-    "testA": ROUND,
-    "testB": tuple(shape for shape in SHAPES if shape not in ROUND),
-}  # shapes of a split's refs; else any
+# The shapes of a split's refs; those of the other splits are any.
+FOCUS = {"testA": ROUND, "testB": tuple(shape for shape in SHAPES if shape not in ROUND)}
 
 ARTICLES = ("a", "an", "the")  # two expressions that differ by these only are alike
 

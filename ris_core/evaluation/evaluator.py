@@ -61,7 +61,9 @@ def queries_of(store: ShardStore, split: str, protocol: Protocol, images: Sequen
         for ref in store.row(int(image))["refs"]:
             if ref["split"] == split:
                 chosen = ref["sentences"][: 1 if protocol.sentences == "first" else None]
-                found += [Query(int(image), ref["ref_id"], ref["ann_id"], s["sent_id"], s[protocol.text]) for s in chosen]
+                found += [
+                    Query(int(image), ref["ref_id"], ref["ann_id"], s["sent_id"], s[protocol.text]) for s in chosen
+                ]
     return found
 
 
@@ -117,7 +119,9 @@ def evaluate(
         probabilities = model.segment(features, tokens, index).float().sigmoid()[:, 0]  # type: ignore[operator]
         for image in images:
             chosen = [i for i, query in enumerate(group) if query.image == image]
-            rows += _score_image(store, image, [group[i] for i in chosen], probabilities[chosen], protocol, split, with_objects)
+            rows += _score_image(
+                store, image, [group[i] for i in chosen], probabilities[chosen], protocol, split, with_objects
+            )
     return pa.Table.from_pylist(rows, schema=TABLE_SCHEMA)
 
 

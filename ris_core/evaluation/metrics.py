@@ -85,7 +85,10 @@ def bootstrap_intervals(
     total_iou, count, total_intersection, total_union = per_image @ draws.T.astype(np.float64)
     tails = [50 * (1 - level), 100 - 50 * (1 - level)]
     means = {"mIoU": total_iou / count, "oIoU": total_intersection / np.maximum(total_union, 1)}
-    return {name: (float(low), float(high)) for name, (low, high) in ((n, np.percentile(v, tails)) for n, v in means.items())}
+    return {
+        name: (float(low), float(high))
+        for name, (low, high) in ((n, np.percentile(v, tails)) for n, v in means.items())
+    }
 
 
 def by_group(
@@ -94,6 +97,9 @@ def by_group(
     """`scores` for each distinct name (kind of expression, say), with the number of expressions as `count`."""
     labels = np.asarray(names)
     return {
-        str(name): {"count": int((labels == name).sum()), **scores(intersection[labels == name], union[labels == name], strict)}
+        str(name): {
+            "count": int((labels == name).sum()),
+            **scores(intersection[labels == name], union[labels == name], strict),
+        }
         for name in np.unique(labels)
     }

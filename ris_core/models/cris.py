@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from ris_core.data.text import PAD_ID
 from ris_core.errors import ConfigError, WeightsError, list_problems
 from ris_core.models.clip import build_clip, encode_words, load_strictly, resnet_feature_maps
 from ris_core.models.cris_layers import Decoder, ImageFeatures, Neck, Projector, spatial_attention_pool
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
-
-PAD_ID = 0
 
 
 @dataclass(frozen=True)

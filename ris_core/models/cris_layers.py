@@ -260,9 +260,9 @@ def _coordinates(height: int, width: int, device: torch.device) -> torch.Tensor:
 def position_line(dim: int, length: int, device: torch.device) -> torch.Tensor:
     """Sine and cosine of positions 0..length-1, interleaved: float32 (length, dim)."""
     with torch.inference_mode(False):
-        rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * (-math.log(10_000.0) / dim))
-        angle = torch.arange(length, dtype=torch.float32)[:, None] * rate
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(device)
+        rate = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32, device=device) * (-math.log(10_000.0) / dim))
+        angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * rate
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 @lru_cache(maxsize=64)
@@ -278,6 +278,6 @@ def position_map(dim: int, height: int, width: int, device: torch.device) -> tor
 def _bicubic_matrix(grid: int, height: int, width: int, device: torch.device) -> torch.Tensor:
     """Bicubic resizing of a (grid, grid) map to (height, width) as float32 (height * width, grid * grid)."""
     with torch.inference_mode(False):
-        cells = torch.eye(grid * grid).unflatten(1, (grid, grid))[None]
+        cells = torch.eye(grid * grid, device=device).unflatten(1, (grid, grid))[None]
         resized = F.interpolate(cells, (height, width), mode="bicubic", align_corners=False)
-        return resized[0].flatten(1).T.contiguous().to(device)
+        return resized[0].flatten(1).T.contiguous()

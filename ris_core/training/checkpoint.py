@@ -80,10 +80,14 @@ def load(folder: Path) -> Checkpoint:
         folder = folder.with_name(folder.name + ".old")
     missing = [n for n in ("last.safetensors", "optimizer.pt", "state.json") if not (folder / n).exists()]
     if missing:
-        raise WeightsError(f"{folder} is not a whole checkpoint: {', '.join(missing)} missing; delete it to start afresh")
+        raise WeightsError(
+            f"{folder} is not a whole checkpoint: {', '.join(missing)} missing; delete it to start afresh"
+        )
     state = json.loads((folder / "state.json").read_text())
     if state.pop("format", None) != FORMAT:
-        raise WeightsError(f"{folder}/state.json has another format than {FORMAT}; delete the checkpoint to start afresh")
+        raise WeightsError(
+            f"{folder}/state.json has another format than {FORMAT}; delete the checkpoint to start afresh"
+        )
     best = folder / "best.safetensors"
     return Checkpoint(
         position=Position(**state),

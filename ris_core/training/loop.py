@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ris_core.config import TrainParams
 from ris_core.data.dataset import TrainingBatches
+from ris_core.errors import ConfigError
 from ris_core.models.clip import normalise
 from ris_core.training.checkpoint import Checkpoint, Position, cpu_copy
 from ris_core.training.losses import segmentation_loss
@@ -41,14 +42,16 @@ Log = Callable[[dict[str, float], int], None]
 class Trainer:
     """Owns model, optimiser, weight average and position of one run; `fit` drives them to the last epoch."""
 
-    def __init__(self, model: nn.Module, batches: TrainingBatches, validate: Validate, params: TrainParams, runtime: Runtime):
+    def __init__(
+        self, model: nn.Module, batches: TrainingBatches, validate: Validate, params: TrainParams, runtime: Runtime
+    ):
         self.batches, self.validate, self.params, self.runtime = batches, validate, params, runtime
         self.device = runtime.device
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ddp = runtime.prepare(self.model)
         self.step_model = torch.compile(self.ddp) if params.compile else self.ddp
         groups = self.model.param_groups(params.lr, params.backbone_lr_multiplier, params.positional_embeddings)
-        self.optimizer = make_optimizer([{**g, "initial_lr": g["lr"]} for g in groups], params, self.device)
+        self.optimizer = make_optimizer([{**g, "initial_lr": g["lr"]} for g in groups], params)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast, self.scaler = precision(params.precision, self.device)
         self.average = (
@@ -56,7 +59,8 @@ class Trainer:
             if params.ema_decay
             else None
         )
-        self.position, self.best = Position(), None
+        self.position = Position()
+        self.best: dict[str, torch.Tensor] | None = None
         self._resume()
 
     def _resume(self) -> None:
@@ -102,7 +106,12 @@ class Trainer:
             self.position.step = step + 1
             done = step + 1 - first
             if done % LOG_EVERY == 0 and self.runtime.rank == 0:
-                rate = done * self.params.batch_images * self.params.expressions_per_image / (time.perf_counter() - started)
+                rate = (
+                    done
+                    * self.params.batch_images
+                    * self.params.expressions_per_image
+                    / (time.perf_counter() - started)
+                )
                 loss = total.item() / (step + 1)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", samples=f"{rate:.0f}/s")
                 log({"train/loss": loss, "lr": lr, "samples_per_second": rate}, epoch * len(self.batches) + step + 1)
@@ -158,7 +167,9 @@ def precision(name: str, device: torch.device) -> tuple[AbstractContextManager[A
     """
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16" and device.type == "cuda")
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError("train.precision: fp16 needs a GPU; use auto, which is fp32 on a CPU")
+    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if name == "fp32":
         return nullcontext(), scaler
     return torch.autocast(device.type, torch.bfloat16 if name == "bf16" else torch.float16), scaler

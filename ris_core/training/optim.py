@@ -11,20 +11,20 @@ import torch
 from ris_core.config import TrainParams
 
 
-def make_optimizer(groups: list[dict[str, Any]], params: TrainParams, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW (betas .9/.999) over named groups `{"name", "params", "lr"}`; fused where the device has it.
+def make_optimizer(groups: list[dict[str, Any]], params: TrainParams) -> torch.optim.Optimizer:
+    """Adam or AdamW (betas .9/.999) over named groups `{"name", "params", "lr"}`, fused.
 
     AdamW decays only matrices and convolution kernels: biases, norms and scalars sit in groups of their own.
     """
     if params.optimizer == "adam":
-        return torch.optim.Adam(groups, weight_decay=params.weight_decay, fused=device.type == "cuda")
+        return torch.optim.Adam(groups, weight_decay=params.weight_decay, fused=True)
     split: list[dict[str, Any]] = []
     for group in groups:
         decayed = [p for p in group["params"] if p.ndim > 1]
         others = [p for p in group["params"] if p.ndim <= 1]
         split.append({**group, "params": decayed, "weight_decay": params.weight_decay})
         split.append({**group, "params": others, "weight_decay": 0.0})
-    return torch.optim.AdamW([group for group in split if group["params"]], fused=device.type == "cuda")
+    return torch.optim.AdamW([group for group in split if group["params"]], fused=True)
 
 
 def learning_rate_factor(params: TrainParams, epoch: int, step: int, steps_per_epoch: int) -> float:

@@ -12,6 +12,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from ris_core.data.shards import load_image
 from ris_core.data.text import encode, pad_token_batch
 from ris_core.errors import DataError
 from ris_core.models.clip import encode_words, normalise
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 HELD_OUT = 0.1  # share of the captioned images that only measure
 CONTEXT = 1.25  # a region is cut out with this much of its box, so that shapes keep their outline
@@ -59,7 +63,9 @@ class Captions:
 def read_captions(root: Path, captions: Path, image_size: int) -> Captions:
     """Read a captions file and its images (below `root`). Raises DataError if the file is missing or holds no captions."""
     if not captions.exists():
-        raise DataError(f"{captions} does not exist: the small CLIP learns from a dataset with captions (see `synthesize`)")
+        raise DataError(
+            f"{captions} does not exist: the small CLIP learns from a dataset with captions (see `synthesize`)"
+        )
     content = json.loads(captions.read_text())
     folder = root / "images/mscoco/images/train2014"
     place = {image["id"]: i for i, image in enumerate(content["images"])}
@@ -70,7 +76,9 @@ def read_captions(root: Path, captions: Path, image_size: int) -> Captions:
     scenes = [a for a in content["annotations"] if "bbox" not in a]
     regions = [a for a in content["annotations"] if "bbox" in a]
     if not scenes or not regions:
-        raise DataError(f"{captions}: needs captions of whole images and of regions; has {len(scenes)} and {len(regions)}")
+        raise DataError(
+            f"{captions}: needs captions of whole images and of regions; has {len(scenes)} and {len(regions)}"
+        )
     region_image = np.array([place[a["image_id"]] for a in regions])
     boxes = [_to_square(a["bbox"], matrices[i]) for a, i in zip(regions, region_image, strict=True)]
     return Captions(
@@ -92,7 +100,7 @@ def _to_square(bbox: list[float], matrix: np.ndarray) -> list[float]:
     return [centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half]
 
 
-def pretrain_clip(clip: nn.Module, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
+def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
     """Train `clip` in place and return its held-out scores beside chance (see `measure`). Deterministic per device."""
     from open_clip.loss import ClipLoss
 
@@ -100,7 +108,7 @@ def pretrain_clip(clip: nn.Module, data: Captions, params: ClipParams, device: t
     held = max(RETRIEVAL_AMONG, round(HELD_OUT * len(order)))
     training, testing = data.subset(order[held:]), data.subset(order[:held])
     sampler = Sampler(training, params, clip, device)
-    clip.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    clip.to(device, memory_format=torch.channels_last).train()
     # Few of the 49,408 token vectors occur: sparse gradients spare updating the rest (46 ms a step on two cores).
     clip.token_embedding.sparse = True
     dense = [p for name, p in clip.named_parameters() if name != "token_embedding.weight"]
@@ -143,7 +151,7 @@ def pretrain_clip(clip: nn.Module, data: Captions, params: ClipParams, device: t
 class Sampler:
     """Batches of one step as a function of (seed, step). Equal captions in one batch would be false negatives: dropped."""
 
-    def __init__(self, data: Captions, params: ClipParams, clip: nn.Module, device: torch.device):
+    def __init__(self, data: Captions, params: ClipParams, clip: CLIP, device: torch.device):
         self.data, self.params, self.device = data, params, device
         self.context, self.size = int(clip.context_length), int(clip.visual.image_size)
         self.pixels = data.pixels.to(device)
@@ -183,7 +191,7 @@ class Sampler:
         return torch.from_numpy(pad_token_batch(texts, min(self.context, max(map(len, texts))))).to(self.device)
 
 
-def encode_phrases(clip: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def encode_phrases(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """Unit sentence vectors (N, E) of tokens (N, L); as `clip.encode_text`, which wants the full context length, but shorter."""
     return nn.functional.normalize(encode_words(clip, tokens)[1], dim=-1)
 
@@ -196,7 +204,7 @@ def shrink(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def measure(clip: nn.Module, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
+def measure(clip: CLIP, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
     """Held-out scores, each with its chance level.
 
     retrieval@1: the right caption for a scene among 128. phrase_to_object: a region's caption picks a region of the same
@@ -204,15 +212,15 @@ def measure(clip: nn.Module, data: Captions, params: ClipParams, device: torch.d
     """
     clip.eval()
     sampler = Sampler(data, params, clip, device)
-    images, first = np.unique(data.scene_image, return_index=True)
-    first = first[:RETRIEVAL_AMONG]
+    first = np.unique(data.scene_image, return_index=True)[1][:RETRIEVAL_AMONG]
     pixels = sampler.pixels[torch.from_numpy(data.scene_image[first]).to(device)]
     seen = clip.encode_image(normalise(shrink(pixels, sampler.size)), normalize=True)
     said = encode_phrases(clip, sampler._tokens(sampler.scene_tokens, first))
     retrieval = ((seen @ said.T).argmax(1).cpu().numpy() == np.arange(len(first))).mean()
 
     everything = np.arange(len(data.region_text))
-    regions = torch.cat([clip.encode_image(normalise(sampler.crops(part)), normalize=True) for part in np.array_split(everything, 8)])
+    parts = np.array_split(everything, 8)
+    regions = torch.cat([clip.encode_image(normalise(sampler.crops(part)), normalize=True) for part in parts])
     phrases = encode_phrases(clip, sampler._tokens(sampler.region_tokens, everything))
     similarity = (phrases @ regions.T).cpu().numpy()
     hits, chance = [], []

@@ -1,7 +1,7 @@
 """One training run without any orchestration: a plain process, or several under torchrun.
 
-    python -m ris_core.training.run --system cris --shards data/shards/shapes --clip data/clip --out runs/plain
-    torchrun --nproc-per-node 2 -m ris_core.training.run --system cris ...
+python -m ris_core.training.run --system cris --shards data/shards/shapes --clip data/clip --out runs/plain
+torchrun --nproc-per-node 2 -m ris_core.training.run --system cris ...
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def test_an_image_of_the_right_size_passes_unchanged() -> None:
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (128, 128, 3), dtype=np.uint8)
     mask = random.integers(0, 2, (128, 128), dtype=np.uint8)
-    np.testing.assert_array_equal(letterbox_image(image, 128), image)
+    same = letterbox_image(image, 128)
+    np.testing.assert_array_equal(same, image)
+    assert not np.shares_memory(same, image)
     np.testing.assert_array_equal(letterbox_mask(mask, 128, stride=4), mask[::4, ::4] * 255)
     forward, inverse = letterbox_matrix(128, 128, 128)
     np.testing.assert_array_equal(forward, np.eye(2, 3))
@@ -133,6 +135,15 @@ def test_maps_of_half_precision_are_resampled_in_float32() -> None:
         full = unletterbox(maps, 60, 80, 104)
     assert full.dtype == torch.float32
     torch.testing.assert_close(full, unletterbox(maps.float(), 60, 80, 104), atol=0, rtol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_and_strided_images_are_fine() -> None:
+    image = ARRAYS["c0/image_rgb"].copy()
+    want = letterbox_image(image, 128)
+    mirrored = image[:, ::-1].copy()[:, ::-1]
+    mirrored.flags.writeable = False
+    np.testing.assert_array_equal(letterbox_image(mirrored, 128), want)
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -39,12 +40,20 @@ def test_equal_records_give_equal_bytes_with_their_dataset(tmp_path: Path) -> No
     assert pq.read_table(tmp_path / "a").num_rows == 3
 
 
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.parquet"
     write_records(path, some_records(), "shapes")
     before = path.read_bytes()
     with pytest.raises(UnicodeEncodeError):
         write_records(path, [ImageRecord(1, "\ud800.jpg", 1, 1, (), ())], "shapes")
+
+    def disk_full(table: Any, where: Path, **options: Any) -> None:
+        where.write_bytes(b"PAR1 half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_records(path, some_records(2), "shapes")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

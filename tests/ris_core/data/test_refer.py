@@ -57,13 +57,12 @@ def test_unknown_splits_are_refused_with_the_valid_ones(name: str, split: str, m
 
 @pytest.mark.parametrize("name", list(facts()["counts"]))
 def test_published_counts_add_up_and_name_real_splits(name: str) -> None:
-    published = facts()["counts"][name]
+    published = dict(facts()["counts"][name])
     total = published.pop("total")
     assert set(published) == set(DatasetName.parse(name).splits)
     assert sum(split["refs"] for split in published.values()) == total["refs"]
     if all("sentences" in split for split in published.values()):
         assert sum(split["sentences"] for split in published.values()) == total["sentences"]
-    published["total"] = total
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])

@@ -72,9 +72,7 @@ def test_intermediates(model: CRIS) -> None:
         decoded = model.decoder(fused, words, golden("word") != 0)
     got = {"vis_c3": c3, "vis_c4": c4, "vis_c5": c5, "word_feat": words, "state": state, "neck_out": fused}
     for name, tensor in {**got, "decoder_out": decoded.flatten(2)}.items():
-        torch.testing.assert_close(
-            tensor[:1], golden(f"inter/{name}"), atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
-        )
+        torch.testing.assert_close(tensor[:1], golden(f"inter/{name}"), atol=1e-4, rtol=1e-4, msg=f"{name} differs")
     torch.testing.assert_close(position_map(128, 8, 8, CPU), golden("inter/vis_pos"), atol=1e-6, rtol=0)
     torch.testing.assert_close(position_line(128, 12, CPU), golden("inter/txt_pos"), atol=1e-6, rtol=0)
 
@@ -287,7 +285,7 @@ def test_prediction_before_training_leaves_nothing_behind() -> None:
     with torch.inference_mode():
         model.eval()(images, tokens)
     model.train()(images, tokens).sum().backward()
-    assert model.neck.coordconv[0].conv1[0].weight.grad is not None
+    assert model.neck.get_parameter("coordconv.0.conv1.0.weight").grad is not None
 
 
 def test_coordinates_at_every_level_are_no_official_model() -> None:
@@ -333,7 +331,8 @@ def test_the_dynamic_convolution_equals_a_grouped_one() -> None:
     shapes = {"x": (3, 16, 5, 7), "kernel": (3, 8, 9), "bias": (3, 1)}
     given = {name: torch.randn(shape, generator=random, requires_grad=True) for name, shape in shapes.items()}
     last = nn.Conv2d(16, 8, 1)
-    weight, offset = last.weight.flatten(1).T @ given["kernel"], last.bias @ given["kernel"]  # type: ignore[operator]
+    matrix, shift = last.get_parameter("weight"), last.get_parameter("bias")
+    weight, offset = matrix.flatten(1).T @ given["kernel"], shift @ given["kernel"]
     got = dynamic_conv3x3(given["x"], weight, offset, given["bias"])
     grouped = F.conv2d(
         last(given["x"]).reshape(1, 24, 5, 7),
@@ -345,7 +344,7 @@ def test_the_dynamic_convolution_equals_a_grouped_one() -> None:
     torch.testing.assert_close(got, grouped.transpose(0, 1), atol=1e-5, rtol=1e-5)
 
     upstream = torch.randn(got.shape, generator=random)
-    inputs = [*given.values(), last.weight, last.bias]
+    inputs = [*given.values(), matrix, shift]
     ours = torch.autograd.grad(got, inputs, upstream)
     theirs = torch.autograd.grad(grouped.transpose(0, 1), inputs, upstream)
     for a, b in zip(ours, theirs, strict=True):
