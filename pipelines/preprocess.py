@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,6 +18,7 @@ from pipelines.stage import run
 
 if TYPE_CHECKING:
     from ris_core.config import PreprocessParams
+    from ris_core.data.letterbox import Mode
 
 
 def main(dataset: Annotated[str, typer.Option(help="a prepared dataset")]) -> None:
@@ -41,7 +42,7 @@ def build(records_path: Path, image_root: Path, out: Path, dataset: str, params:
     from ris_core.errors import DataError, list_problems
 
     records = read_records(records_path)
-    options = ShardOptions(params.image_size, params.storage, params.resample, params.text)
+    options = ShardOptions(params.image_size, params.storage, cast("Mode", params.resample), params.text)
     work = out.with_name(f"{out.name}.partial-{digest([options, params.images_per_shard])}")
     work.mkdir(parents=True, exist_ok=True)
     size = params.images_per_shard

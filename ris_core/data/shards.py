@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from ris_core.data.letterbox import letterbox_image
+from ris_core.data.letterbox import Mode, letterbox_image
 from ris_core.data.records import ImageRecord
 from ris_core.data.text import encode
 
@@ -64,7 +64,7 @@ class ShardOptions:
 
     image_size: int
     storage: str = "pixels"
-    resample: str = "opencv4"
+    resample: Mode = "opencv4"
     text: str = "sent"
 
 

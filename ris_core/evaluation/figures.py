@@ -39,9 +39,11 @@ def captioned(picture: Image.Image, text: str, height: int = 18) -> Image.Image:
     canvas = Image.new("RGB", (picture.width, picture.height + height), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    while text and draw.textlength(text) > picture.width - 8:
-        text = text[:-2] + "…" if not text.endswith("…") else text[:-2] + "…"
-    draw.text((4, picture.height + 3), text, fill="black")
+    shown = text
+    while draw.textlength(shown) > picture.width - 8:
+        text = text[:-1]
+        shown = text + "…"
+    draw.text((4, picture.height + 3), shown, fill="black")
     return canvas
 
 
