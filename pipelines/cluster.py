@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ def connected(**init: Any) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
+    for name in ("ray.data", "ray.train"):  # their INFO lines tell of internals; the stages report their own progress
+        logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return

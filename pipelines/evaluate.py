@@ -35,11 +35,13 @@ def main(
 
     from pipelines.stage import params
     from ris_core.data.dataset import ShardStore
+    from ris_core.data.refer import DatasetName
     from ris_core.evaluation.metrics import PROTOCOLS
 
     chosen = params()
     store = ShardStore(paths.shards(dataset))
-    splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
+    name = DatasetName.parse(dataset)
+    splits = [name.check_split(split) for split in chosen.evaluate.splits or sorted_splits(store.manifest["splits"])]
     protocols = [PROTOCOLS[name] for name in chosen.evaluate.protocols]
     tables = score(
         chosen, paths.model(system, dataset), paths.shards(dataset), jobs(protocols, splits, chosen.evaluate)
@@ -107,7 +109,7 @@ def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]
             fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
-            concurrency=min(params.cluster.evaluate_actors, len(pieces)),
+            compute=ray.data.ActorPoolStrategy(size=min(params.cluster.evaluate_actors, len(pieces))),
             num_cpus=1,
             num_gpus=1 if use_gpu else 0,
         )

@@ -158,10 +158,12 @@ class RayRuntime:
 
 def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: build the system, then the library's loop."""
+    import logging
     import os
 
     from ris_core.training.run import make_trainer
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     os.environ["MLFLOW_TRACKING_URI"] = config["tracking_uri"]
 
     def log(metrics: dict[str, float], step: int) -> None:

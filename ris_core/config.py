@@ -19,9 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ris_core.data.flavours import FLAVOURS
+from ris_core.data.refer import DATASETS
 from ris_core.data.synthetic import SyntheticSpec
 from ris_core.errors import ConfigError, list_problems
+from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.models.cris import CRISConfig
+from ris_core.models.systems import SYSTEMS
 
 
 def option(default: Any, *, choices: tuple[Any, ...] | None = None, minimum: float | None = None) -> Any:
@@ -39,7 +43,7 @@ class PrepareParams:
     on_bad: str = option("error", choices=("error", "skip"))
     strict: bool = False
     check_images: bool = True
-    exclude_images_of: list[str] = option([])
+    exclude_images_of: list[str] = option([], choices=tuple(DATASETS))
 
 
 @dataclass
@@ -60,7 +64,7 @@ class ClipParams:
 
     architecture: str = "tiny_rn"
     weights: str | None = None
-    dataset: str = "shapes"
+    dataset: str = option("shapes", choices=tuple(FLAVOURS))
     seed: int = 0
     steps: int = option(600, minimum=1)
     scenes_per_step: int = option(64, minimum=2)
@@ -108,14 +112,14 @@ class TrainParams:
     checkpoint_every_steps: int | None = option(None, minimum=1)
     validate_split: str = "val"
     validate_images: int | None = option(None, minimum=1)
-    validate_protocol: str = "ours"
+    validate_protocol: str = option("ours", choices=tuple(PROTOCOLS))
 
 
 @dataclass
 class EvaluateParams:
     """Stage `evaluate`: scores at original resolution, with baselines that show whether language is understood."""
 
-    protocols: list[str] = option(["ours"])
+    protocols: list[str] = option(["ours"], choices=tuple(PROTOCOLS))
     splits: list[str] | None = None
     shuffled_split: str | None = "val"
     bootstrap_samples: int = option(1000, minimum=1)
@@ -150,9 +154,9 @@ class Params:
     """The whole of `params.yaml`."""
 
     preset: str = "default"
-    synthetic_datasets: list[str] = option(["shapes"])
-    datasets: list[str] = option(["shapes"])
-    systems: list[str] = option(["cris"])
+    synthetic_datasets: list[str] = option(["shapes"], choices=tuple(FLAVOURS))
+    datasets: list[str] = option(["shapes"], choices=tuple(DATASETS))
+    systems: list[str] = option(["cris"], choices=tuple(SYSTEMS))
     synthesize: SyntheticSpec = field(default_factory=SyntheticSpec)
     prepare: PrepareParams = field(default_factory=PrepareParams)
     preprocess: PreprocessParams = field(default_factory=PreprocessParams)
@@ -274,8 +278,10 @@ def _out_of_range(section: Any, prefix: str) -> list[str]:
         choices, minimum = item.metadata.get("choices"), item.metadata.get("minimum")
         if dataclasses.is_dataclass(value):
             problems += _out_of_range(value, f"{name}.")
-        elif choices and value not in choices:
-            problems.append(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}")
+        elif choices:
+            given = value if isinstance(value, list) else [value]
+            known = ", ".join(map(str, choices))
+            problems += [f"{name}: {each!r} is not one of {known}" for each in given if each not in choices]
         elif minimum is not None and value is not None and value < minimum:
             problems.append(f"{name}: {value} is below the minimum {minimum}")
     return problems

@@ -35,7 +35,7 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 _UNC, _UMD, _GOOGLE = ("train", "val", "testA", "testB"), ("train", "val", "test"), ("train", "val", "test")
-_DATASETS = {
+DATASETS = {
     "refcoco_unc": ("refcoco", "unc", _UNC),
     "refcoco_google": ("refcoco", "google", _GOOGLE),
     "refcoco+_unc": ("refcoco+", "unc", _UNC),
@@ -59,11 +59,11 @@ class DatasetName:
     @classmethod
     def parse(cls, name: str) -> DatasetName:
         """The dataset of that name. Raises DataError with the valid names for any other."""
-        if name in _DATASETS:
-            return cls(name, *_DATASETS[name])
-        related = [known for known, (folder, *_) in _DATASETS.items() if folder == name.split("_")[0]]
+        if name in DATASETS:
+            return cls(name, *DATASETS[name])
+        related = [known for known, (folder, *_) in DATASETS.items() if folder == name.split("_")[0]]
         hint = f"did you mean {' or '.join(related)}? " if related else ""
-        raise DataError(f"there is no dataset '{name}': {hint}Valid names: {', '.join(_DATASETS)}")
+        raise DataError(f"there is no dataset '{name}': {hint}Valid names: {', '.join(DATASETS)}")
 
     @property
     def file_safe(self) -> str:
