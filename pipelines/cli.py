@@ -46,9 +46,12 @@ def predict(
 ) -> None:
     """Mark the object an expression names: writes a picture, prints the score and the mask's size."""
     from pipelines.tracking import model_folder
+    from ris_core.errors import ConfigError
     from ris_core.evaluation.figures import overlay
     from ris_core.predictor import RISPredictor, read_image
 
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: give a .png or .jpg file in a folder that exists")
     predictor = RISPredictor.from_folder(model_folder(model), threshold=threshold)
     pixels = read_image(image)
     predictor.set_image(pixels)

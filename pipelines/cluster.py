@@ -59,7 +59,10 @@ def connected(**init: Any) -> Iterator[None]:
 
 
 def check_resources(workers: int, cpus: int, gpus: int) -> None:
-    """Raise ClusterError if the connected cluster could never hold these workers (Ray itself would wait for ever)."""
+    """Raise ClusterError if the connected cluster could never hold these processes (Ray itself would wait for ever).
+
+    `cpus` and `gpus` are for each of the `workers`.
+    """
     import ray
 
     total = ray.cluster_resources()
@@ -70,8 +73,8 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
     ]
     if lacking:
         raise ClusterError(
-            f"the cluster is too small for this training: {'; '.join(lacking)}. "
-            "Lower cluster.train_workers or cluster.cpus_per_worker in params.yaml, or add nodes"
+            f"the cluster is too small: {'; '.join(lacking)}. "
+            "Ask for less in the section `cluster` of params.yaml, or add nodes"
         )
 
 

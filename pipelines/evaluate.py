@@ -33,14 +33,17 @@ def main(
     """Score a trained model: every expression once, named protocols, baselines, confidence intervals."""
     import pyarrow.parquet as pq
 
-    from pipelines.stage import params
+    from pipelines.stage import check_names, params
     from ris_core.data.dataset import ShardStore
     from ris_core.data.refer import DatasetName
     from ris_core.evaluation.metrics import PROTOCOLS
 
+    check_names(dataset, system)
     chosen = params()
-    store = ShardStore(paths.shards(dataset))
     name = DatasetName.parse(dataset)
+    if chosen.evaluate.shuffled_split is not None:
+        name.check_split(chosen.evaluate.shuffled_split)
+    store = ShardStore(paths.shards(dataset))
     splits = [name.check_split(split) for split in chosen.evaluate.splits or sorted_splits(store.manifest["splits"])]
     protocols = [PROTOCOLS[name] for name in chosen.evaluate.protocols]
     tables = score(
@@ -59,13 +62,14 @@ def main(
         part = metrics[protocols[0].name][chosen.evaluate.shuffled_split]
         part["shuffled"] = {name: shuffled[name] for name in ("mIoU", "oIoU")}
     out = paths.evaluation(system, dataset)
-    files.write_json(out / "metrics.json", metrics)
     files.write_json(out / "protocols.json", {p.name: asdict(p) for p in protocols})
     first = f"{protocols[0].name}/{splits[0]}"
     with files.replaced_folder(out / "gallery") as folder:
         rows = gallery.choose(tables[first])
-        shown = gallery.draw(rows, paths.model(system, dataset), store, paths.raw(dataset), folder)
+        threshold = protocols[0].threshold
+        shown = gallery.draw(rows, paths.model(system, dataset), threshold, store, paths.raw(dataset), folder)
         files.write_json(folder / "gallery.json", rounded(shown))
+    files.write_json(out / "metrics.json", metrics)  # last: where it lies, all of them do
     for protocol in protocols:
         for split in splits:
             typer.echo(headline(protocol.name, split, metrics[protocol.name][split]))
@@ -90,10 +94,20 @@ def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams) -
 
 
 def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]]) -> dict[str, pa.Table]:
-    """Per-expression tables (evaluator.TABLE_SCHEMA), one per job, rows in the order of the data."""
+    """Per-expression tables (evaluator.TABLE_SCHEMA), one per job, rows in the order of the data.
+
+    Raises WeightsError if there is no model or it is for images of another size, ClusterError if a GPU is wanted and
+    the cluster has none.
+    """
     from ris_core.data.dataset import ShardStore
+    from ris_core.errors import WeightsError
+    from ris_core.models.systems import load_model
 
     store = ShardStore(shards)
+    _, info = load_model(model)  # a bad one is told before any actor starts
+    if info["image_size"] != store.image_size:
+        sizes = f"is for images of {info['image_size']} pixels, the shards hold {store.image_size}"
+        raise WeightsError(f"{model} {sizes}: train again on these shards, or preprocess for this model")
     pieces = []
     for job in wanted:
         count = len(job_queries(store, job))
@@ -103,6 +117,7 @@ def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]
         import ray.data
 
         use_gpu = cluster.has_gpu(params.cluster.use_gpu)
+        cluster.check_resources(1, 1, int(use_gpu))
         arguments = (str(model.absolute()), str(shards.absolute()), params.evaluate.images_per_batch, use_gpu)
         rows = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
             Scorer,

@@ -38,10 +38,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the place of `path` only when the block ends without an error."""
+    """A fresh folder to fill, which takes the place of `path` when the block ends, and goes away when it raises."""
     temporary = path.with_name(path.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)

@@ -7,12 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ris_core import config
+import ris_core
 
 
 def code_version(packages: tuple[str, ...] = ("ris_core/data", "ris_core/models", "ris_core/training")) -> str:
     """Digest of the sources that decide a trained model; independent of where the repository lies."""
-    root = Path(config.__file__).parent.parent
+    root = Path(ris_core.__file__).parent.parent
     digest = hashlib.sha256()
     for package in packages:
         for source in sorted((root / package).rglob("*.py")):
@@ -29,7 +29,9 @@ def file_digest(path: Path) -> str:
 
 def run_name(stage: str, system: str, dataset: str, *inputs: Any) -> str:
     """`<stage>-<system>-<dataset>-<fingerprint>`: the same inputs resume the same run, changed inputs start afresh."""
-    return f"{stage}-{system}-{dataset}-{config.digest([*inputs, code_version()])}".replace("+", "p")
+    from ris_core.config import digest
+
+    return f"{stage}-{system}-{dataset}-{digest([*inputs, code_version()])}".replace("+", "p")
 
 
 def git_commit() -> str:

@@ -35,14 +35,17 @@ def choose(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def draw(
-    rows: list[dict[str, Any]], model: Path, store: ShardStore, image_root: Path, out: Path
+    rows: list[dict[str, Any]], model: Path, threshold: float, store: ShardStore, image_root: Path, out: Path
 ) -> list[dict[str, Any]]:
-    """Write one PNG per row into `out` (prediction tinted, true outline in green) and return rows with file names."""
+    """Write one PNG per row into `out` (prediction tinted, true outline in green) and return rows with file names.
+
+    `threshold` is that of the protocol the rows were scored with, so that the pictures show what was scored.
+    """
     from ris_core.data.shards import load_image
     from ris_core.evaluation.figures import overlay
     from ris_core.predictor import RISPredictor
 
-    predictor = RISPredictor.from_folder(model)
+    predictor = RISPredictor.from_folder(model, threshold=threshold)
     place = {store.row(i)["image_id"]: i for i in range(len(store))}
     shown = []
     for number, row in enumerate(rows):

@@ -32,7 +32,7 @@ def main() -> None:
     else:
         root = paths.raw(chosen.dataset)
         captions = root / Path(chosen.dataset) / "captions.json"
-        data = read_captions(root, captions, chosen.canvas)
+        data = read_captions(root, captions, clip.visual.image_size)
         scores = pretrain_clip(clip, data, chosen, torch.device(best_device()))
     with files.replaced_folder(paths.CLIP) as folder:
         save_clip(clip.cpu(), folder, chosen.architecture, {"weights": chosen.weights, **scores})

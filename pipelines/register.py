@@ -6,8 +6,9 @@ python -m pipelines.register --system cris --dataset shapes
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,14 +21,14 @@ def main(
     dataset: Annotated[str, typer.Option(help="a dataset the system was trained and evaluated on")],
 ) -> None:
     """Log the model with its scores and lineage to MLflow and move the alias if it beats the champion."""
-    from pipelines.stage import params
+    from pipelines.stage import check_names, params
+    from ris_core.models.systems import load_model
 
+    check_names(dataset, system)
     chosen = params().register
     model = paths.model(system, dataset)
-    info = json.loads((model / "model.json").read_text())["info"]
-    metrics = json.loads((paths.evaluation(system, dataset) / "metrics.json").read_text())
-    protocol = next(iter(metrics))
-    parts = metrics[protocol]
+    _, info = load_model(model)
+    protocol, parts = read_scores(paths.evaluation(system, dataset) / "metrics.json", chosen.split)
     score = parts[chosen.split][chosen.metric]
     name = f"ris-{system}-{dataset}".replace("+", "p")
     numbers = {
@@ -48,14 +49,30 @@ def main(
         "dvc_lock_sha256": fingerprint.file_digest(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
     }
     gallery = paths.evaluation(system, dataset) / "gallery"
-    version = tracking.register_model(
-        info["mlflow_run"], name, model, numbers, tags, gallery if gallery.exists() else None
-    )
+    run_id = info["mlflow_run"]
+    if not tracking.has_run(run_id):
+        print(f"the run that trained {model} is not in {tracking.uri()}: a new run holds the model", file=sys.stderr)
+        run_id = tracking.open_run(chosen.experiment, f"{name}-{tags['weights_sha256'][:12]}", {}, tags)
+    with tracking.running(run_id, system_metrics=False):
+        pictures = gallery if gallery.exists() else None
+        version = tracking.register_model(run_id, name, model, numbers, tags, pictures)
     verdict = tracking.promote(name, version, chosen.alias, tags, chosen.minimum)
     files.write_json(
         paths.registration(system, dataset), {"model": name, "protocol": protocol, "score": score, **verdict}
     )
     typer.echo(f"models:/{name}/{version}  {chosen.split} {chosen.metric} {score:.3f}: {verdict['decision']}")
+
+
+def read_scores(path: Path, split: str) -> tuple[str, dict[str, Any]]:
+    """The first protocol's name and its scores by split. Raises DataError without any, ConfigError without those of `split`."""
+    from ris_core.errors import ConfigError, DataError
+
+    if not path.exists():
+        raise DataError(f"{path} does not exist: run the evaluate stage for this system and dataset first")
+    protocol, parts = next(iter(json.loads(path.read_text()).items()))
+    if split not in parts:
+        raise ConfigError(f"register.split is '{split}', but only {', '.join(parts)} were evaluated ({path})")
+    return protocol, parts
 
 
 if __name__ == "__main__":

@@ -24,12 +24,16 @@ def main() -> None:
     """Write the report page from what train and evaluate left under results/."""
     import jinja2
 
+    from ris_core.errors import DataError
+
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    runs = [read_run(folder) for folder in sorted(Path("results/evaluate").iterdir())]
+    runs = [read_run(metrics.parent) for metrics in sorted(Path("results/evaluate").glob("*/metrics.json"))]
+    if not runs:
+        raise DataError("results/evaluate has no scores yet: run the evaluate stage first")
     clip = json.loads(Path("results/clip/metrics.json").read_text())
     page = templates.get_template("report.html").render(
         runs=runs, clip=clip, curves=curves(runs), precision_at=PRECISION

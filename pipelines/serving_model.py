@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import os
 from typing import Any
 
 import pandas as pd
@@ -46,12 +46,12 @@ class RISModel(PythonModel):
     def _image(image: Any, allow_paths: bool) -> Any:
         from ris_core.errors import DataError
 
-        if not isinstance(image, str):
+        if not isinstance(image, str) or (allow_paths and os.path.isfile(image)):
             return image
         try:
             return base64.b64decode(image, validate=True)
-        except binascii.Error:
-            if allow_paths:
+        except ValueError:
+            if allow_paths:  # then it was meant as one, and the predictor says that there is no such file
                 return image
             raise DataError(
                 f"the image text {image[:40]!r} is not base64; file paths are read only with params={{'allow_paths': True}}"

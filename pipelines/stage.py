@@ -24,6 +24,19 @@ def params() -> Params:
     return loaded
 
 
+def check_names(dataset: str, system: str | None = None) -> None:
+    """Raise DataError or ConfigError, with the known ones, unless there are a dataset and a system of these names."""
+    from ris_core.data.refer import DatasetName
+
+    DatasetName.parse(dataset)
+    if system is not None:
+        from ris_core.errors import ConfigError
+        from ris_core.models.systems import SYSTEMS
+
+        if system not in SYSTEMS:
+            raise ConfigError(f"there is no system '{system}'; there are {', '.join(SYSTEMS)}")
+
+
 def run(main: Callable[..., Any]) -> None:
     """Run a stage's `main` as a command line. An expected error ends it with exit code 1 and its message alone."""
     from ris_core.errors import RISError

@@ -21,50 +21,79 @@ if TYPE_CHECKING:
 
 FOLDER = Path("mlflow")
 MAX_PARAM = 6000
+SQLITE = "sqlite:///"
+ANSWER_SECONDS = 5
 
 
 def uri() -> str:
     """The tracking store: `MLFLOW_TRACKING_URI`, or the embedded sqlite file (absolute, so that workers find it)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(FOLDER / 'mlflow.db').absolute()}"
+    place = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{FOLDER / 'mlflow.db'}"
+    return f"{SQLITE}{_database(place).absolute()}" if place.startswith(SQLITE) else place
+
+
+def _database(place: str) -> Path:
+    return Path(place.removeprefix(SQLITE))
 
 
 def connect() -> MlflowClient:
     """A client of the store, which is created and brought to its newest schema here, once, by the driver.
 
-    Raises ClusterError when a server does not answer within seconds (MLflow's own default is minutes).
+    Raises ClusterError when the store cannot be used, a server within seconds (MLflow's own default is minutes).
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    if uri().startswith("sqlite:///"):
-        Path(uri().removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    place = uri()
+    if place.startswith(SQLITE):
+        _database(place).parent.mkdir(parents=True, exist_ok=True)
+    elif place.startswith("http"):
+        _check_answers(place)
     import logging
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    from sqlalchemy.exc import SQLAlchemyError
+
     import mlflow
 
-    mlflow.set_tracking_uri(uri())
-    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI", uri()))
-    client = mlflow.MlflowClient()
+    mlflow.set_tracking_uri(place)
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI", place))
     try:
+        client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
-    except mlflow.MlflowException as error:
-        raise ClusterError(
-            f"the MLflow store at {uri()} does not answer: {str(error).splitlines()[0]}. Start it, or unset "
-            "MLFLOW_TRACKING_URI to use the embedded store"
-        ) from error
+    except (mlflow.MlflowException, SQLAlchemyError) as error:
+        raise _unusable(place, error) from error
     return client
 
 
+def _check_answers(server: str) -> None:
+    """Raise ClusterError unless a server answers, with whatever status. MLflow itself would try for minutes."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(server, timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # an answer, if only that one has to log in
+    except (OSError, http.client.HTTPException) as error:
+        raise _unusable(server, error) from error
+
+
+def _unusable(place: str, error: Exception) -> ClusterError:
+    reason = str(error).splitlines()[0]
+    remedy = "Start it, or unset MLFLOW_TRACKING_URI to use the embedded store"
+    return ClusterError(f"the MLflow store at {place} cannot be used: {reason}. {remedy}")
+
+
 def _experiment(client: MlflowClient, name: str) -> str:
-    """Id of the experiment; a new one keeps the embedded store's artifacts beside its database."""
+    """Id of the experiment; a new one keeps a sqlite store's artifacts beside its database."""
     from mlflow import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        place = (FOLDER / "artifacts").absolute().as_uri() if uri().startswith("sqlite") else None
+        beside = (_database(uri()).parent / "artifacts").as_uri() if uri().startswith(SQLITE) else None
         try:
-            return client.create_experiment(name, artifact_location=place)
+            return client.create_experiment(name, artifact_location=beside)
         except MlflowException:  # another process created it between the two calls
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -87,6 +116,19 @@ def open_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mappin
 
     client.log_batch(run_id, params=[Param(key, str(value)[:MAX_PARAM]) for key, value in flat(params).items()])
     return run_id
+
+
+def has_run(run_id: str) -> bool:
+    """Whether the store has this run; a model from DVC's cache was trained with another store, perhaps."""
+    from mlflow import MlflowException
+
+    client = connect()
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def dvc_tags() -> dict[str, str]:
@@ -162,7 +204,7 @@ def register_model(
 ) -> str:
     """Log a model folder as a pyfunc model of the run, with signature and input example, and register it; its version.
 
-    A version with the same weights (tag `weights_sha256`) is not registered twice.
+    A version with the same weights, data and score (by its tags) is not registered twice.
     """
     import base64
     import io

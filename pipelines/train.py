@@ -31,12 +31,13 @@ def main(
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Train one system on one dataset; writes the best model and the learning curves."""
-    from pipelines.stage import params
+    from pipelines.stage import check_names, params
     from ris_core.config import digest
     from ris_core.data.dataset import ShardStore
     from ris_core.models.clip import read_clip_config
     from ris_core.models.systems import export_model
 
+    check_names(dataset, system)
     chosen = params()
     store = ShardStore(paths.shards(dataset))
     data_digest = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
@@ -58,6 +59,7 @@ def main(
             "dataset": dataset,
             "word_len": chosen.train.word_len,
             "image_size": store.image_size,
+            "resample": store.resample,
             "epoch": position.best_epoch,
             "val_mIoU": position.best_score,
             "data_digest": data_digest,
@@ -76,10 +78,14 @@ def main(
 
 
 def fit(params: Params, system: str, dataset: str, name: str, run_id: str) -> Checkpoint:
-    """Run the workers to the end and return the final checkpoint, which carries the best weights too."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    """Run the workers to the end and return the final checkpoint, which carries the best weights too.
+
+    Raises ClusterError if the cluster is too small, and what a worker raised if that is an error meant for people.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
+    from ris_core.errors import RISError
     from ris_core.training import checkpoint as checkpoints
 
     place = params.cluster
@@ -108,7 +114,14 @@ def fit(params: Params, system: str, dataset: str, name: str, run_id: str) -> Ch
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", failure)  # Ray wraps it, together with its traceback as a text
+            if isinstance(cause, RISError):
+                raise cause from error
+        raise
     with result.checkpoint.as_directory() as folder:
         return checkpoints.load(Path(folder))
 

@@ -11,11 +11,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -28,9 +29,11 @@ from ris_core.models.cris import CRISConfig
 from ris_core.models.systems import SYSTEMS
 
 
-def option(default: Any, *, choices: tuple[Any, ...] | None = None, minimum: float | None = None) -> Any:
-    """A dataclass field whose value must be one of `choices`, or at least `minimum`."""
-    metadata = {"choices": choices, "minimum": minimum}
+def option(
+    default: Any, *, choices: tuple[Any, ...] | None = None, minimum: float | None = None, below: float | None = None
+) -> Any:
+    """A dataclass field whose value (each one, of a list) is one of `choices`, at least `minimum`, less than `below`."""
+    metadata = {"choices": choices, "minimum": minimum, "below": below}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -67,9 +70,7 @@ class ClipParams:
     dataset: str = option("shapes", choices=tuple(FLAVOURS))
     seed: int = 0
     steps: int = option(600, minimum=1)
-    scenes_per_step: int = option(64, minimum=2)
-    regions_per_step: int = option(128, minimum=2)
-    canvas: int = option(160, minimum=32)
+    scenes_per_step: int = option(24, minimum=2)
     lr: float = option(1e-3, minimum=0)
     weight_decay: float = option(0.05, minimum=0)
     warmup_steps: int = option(30, minimum=0)
@@ -103,7 +104,7 @@ class TrainParams:
     warmup_steps: int = option(0, minimum=0)
     milestones: list[int] = option([35])
     gamma: float = option(0.1, minimum=0)
-    ema_decay: float = option(0.0, minimum=0)
+    ema_decay: float = option(0.0, minimum=0, below=1)
     clip_grad_norm: float = option(0.0, minimum=0)
     precision: str = option("auto", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = False
@@ -178,29 +179,32 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         raw = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such parameter file; run from the repository root, or pass its path") from None
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:  # a folder, or a file that holds a single value
+        raise ConfigError(f"{path} is not a parameter file: {error}") from None
     if not isinstance(raw, DictConfig):
         raise ConfigError(f"{path}: expected sections (a mapping), found {type(raw).__name__}")
-    presets = raw.pop("presets", {})
+    presets = raw.pop("presets", None) or {}
+    if not isinstance(presets, DictConfig | dict):
+        raise ConfigError(f"{path}: presets: expected a mapping of names to sections, found {presets!r}")
     schema = _schema()
     problems = _misfits(schema, raw, "")
+    problems += _contradictions(schema, {}, raw, "", problems)
     for name, preset in presets.items():
-        problems += _misfits(schema, preset, f"presets.{name}.") if preset else []
-    chosen = raw.get("preset", schema.preset)
+        prefix = f"presets.{name!s}."
+        if isinstance(preset, DictConfig):
+            problems += _misfits(schema, preset, prefix)
+            problems += _contradictions(schema, raw, preset, prefix, problems)
+        elif preset is not None:
+            problems.append(f"presets.{name!s}: expected sections, found {preset!r}")
+    chosen = str(raw.get("preset", schema.preset))
     if chosen not in presets and chosen != schema.preset:
-        problems.append(f"preset: no preset named '{chosen}'; there are {', '.join(sorted(presets)) or 'none'}")
+        problems.append(f"preset: no preset named '{chosen}'; there are {', '.join(map(str, presets)) or 'none'}")
     if problems:
         raise ConfigError(list_problems(f"{path} cannot be used", problems))
-    preset = presets.get(chosen) or {}
-    try:
-        params = OmegaConf.to_object(OmegaConf.merge(schema, raw, preset))
-    except ConfigError as error:  # a section's own checks (sizes that contradict each other, say)
-        raise ConfigError(f"{path} cannot be used: {error}") from None
+    params = OmegaConf.to_object(OmegaConf.merge(schema, raw, presets.get(chosen) or {}))
     assert isinstance(params, Params)
-    problems = _out_of_range(params, "")
-    if problems:
-        raise ConfigError(list_problems(f"{path} cannot be used", problems))
     return params
 
 
@@ -208,7 +212,7 @@ def preset_overrides(path: str | Path = "params.yaml") -> list[str]:
     """What the chosen preset sets over the sections of the file, as `key: section's value -> preset's value` lines."""
     raw = OmegaConf.load(path)
     assert isinstance(raw, DictConfig)
-    preset = raw.get("presets", {}).get(raw.get("preset", "default")) or {}
+    preset = (raw.get("presets") or {}).get(raw.get("preset", "default")) or {}
     return [
         f"{key}: {OmegaConf.select(raw, key)} -> {value}"
         for key, value in _leaves(preset, "")
@@ -240,48 +244,67 @@ def _leaves(config: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 def _misfits(schema: DictConfig, given: Any, prefix: str) -> list[str]:
-    """Unknown keys and wrong types of `given`, each as a line that begins with the key's full name."""
+    """Unknown keys, wrong types and values out of range of `given`, each as a line that begins with the key's full name."""
     problems: list[str] = []
+    section = OmegaConf.get_type(schema)
+    assert section is not None
+    options = {item.name: item.metadata for item in dataclasses.fields(section)}
+    hints = get_type_hints(section)
     for key in given:
-        name = f"{prefix}{key}"
-        if key not in schema:
-            near = difflib.get_close_matches(str(key), [str(k) for k in schema], n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(map(str, schema))}"
+        name = f"{prefix}{key!s}"
+        if key not in options:
+            near = difflib.get_close_matches(str(key), options, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(options)}"
             problems.append(f"{name}: unknown parameter; {hint}")
             continue
         try:
             value = given[key]
+            if isinstance(schema._get_node(key), DictConfig):
+                if isinstance(value, DictConfig):
+                    problems += _misfits(schema[key], value, f"{name}.")
+                else:
+                    problems.append(f"{name}: expected a section with {', '.join(schema[key])}, found {value!r}")
+                continue
+            typed = schema.copy()
+            typed[key] = value
         except OmegaConfBaseException as error:
-            problems.append(f"{name}: {_first_line(error)}")
+            problems.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        if isinstance(schema._get_node(key), DictConfig):
-            if isinstance(value, DictConfig):
-                problems += _misfits(schema[key], value, f"{name}.")
-            else:
-                problems.append(f"{name}: expected a section with {', '.join(map(str, schema[key]))}, found {value!r}")
-            continue
-        try:
-            schema.copy()[key] = value
-        except OmegaConfBaseException as error:
-            problems.append(f"{name}: {_first_line(error)}")
+        if get_origin(hints[key]) is tuple and len(typed[key]) != len(get_args(hints[key])):
+            problems.append(f"{name}: expected {len(get_args(hints[key]))} values, found {list(typed[key])}")
+        problems += [f"{name}: {problem}" for problem in _out_of_range(typed[key], options[key])]
     return problems
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _out_of_range(section: Any, prefix: str) -> list[str]:
+def _out_of_range(value: Any, limits: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a value of the right type (or with entries of a list), given the metadata of its field."""
+    choices, minimum, below = (limits.get(name) for name in ("choices", "minimum", "below"))
+    entries = value if isinstance(value, ListConfig) else [] if value is None else [value]
     problems: list[str] = []
-    for item in dataclasses.fields(section):
-        value, name = getattr(section, item.name), f"{prefix}{item.name}"
-        choices, minimum = item.metadata.get("choices"), item.metadata.get("minimum")
-        if dataclasses.is_dataclass(value):
-            problems += _out_of_range(value, f"{name}.")
-        elif choices:
-            given = value if isinstance(value, list) else [value]
-            known = ", ".join(map(str, choices))
-            problems += [f"{name}: {each!r} is not one of {known}" for each in given if each not in choices]
-        elif minimum is not None and value is not None and value < minimum:
-            problems.append(f"{name}: {value} is below the minimum {minimum}")
+    for each in entries:
+        if choices is not None and each not in choices:
+            problems.append(f"{each!r} is not one of {', '.join(map(str, choices))}")
+        if minimum is not None and not each >= minimum:  # so written, not-a-number is below everything
+            problems.append(f"{each} is below the minimum {minimum}")
+        if below is not None and not each < below:
+            problems.append(f"{each} is not below {below}")
+    return problems
+
+
+def _contradictions(
+    schema: DictConfig, below: Mapping[str, Any], given: DictConfig, prefix: str, known: list[str]
+) -> list[str]:
+    """Problems that the sections of `given`, laid over those of `below`, find by their own checks: sizes that do not go
+    together, say. Sections with problems that are known already are left out.
+    """
+    problems: list[str] = []
+    for name in map(str, given):
+        spoilt = any(line.startswith(f"{where}{name}{end}") for line in known for where in ("", prefix) for end in ".:")
+        if name not in schema or not isinstance(schema._get_node(name), DictConfig) or spoilt:
+            continue
+        layers = [layer[name] for layer in (below, given) if layer.get(name) is not None]
+        try:
+            OmegaConf.to_object(OmegaConf.merge(schema[name], *layers))
+        except ConfigError as error:
+            problems += [f"{prefix}{name}: {line.removeprefix('  - ')}" for line in str(error).splitlines()[1:]]
     return problems

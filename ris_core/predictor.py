@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
 from ris_core.data import masks
-from ris_core.data.letterbox import letterbox_image, unletterbox
+from ris_core.data.letterbox import Mode, letterbox_image, unletterbox
 from ris_core.data.text import encode, pad_tokens
 from ris_core.errors import DataError
 from ris_core.models.clip import normalise
@@ -45,8 +45,11 @@ class Prediction:
 class RISPredictor:
     """Encodes an image once (`set_image`), then answers any number of expressions about it (`predict`)."""
 
-    def __init__(self, model: nn.Module, image_size: int, word_len: int, threshold: float = 0.5):
+    def __init__(
+        self, model: nn.Module, image_size: int, word_len: int, threshold: float = 0.5, resample: Mode = "opencv4"
+    ):
         self.model, self.image_size, self.word_len, self.threshold = model.eval(), image_size, word_len, threshold
+        self.resample = resample
         self.device = next(model.parameters()).device
         self._features: Any = None
         self._size = (0, 0)
@@ -55,13 +58,14 @@ class RISPredictor:
     def from_folder(cls, folder: str | Path, device: str = "cpu", threshold: float = 0.5) -> RISPredictor:
         """Load a trained model (`model.json`, `model.safetensors`). Raises WeightsError if it is not one."""
         model, info = load_model(folder, device)
-        return cls(model, info["image_size"], info["word_len"], threshold)
+        return cls(model, info["image_size"], info["word_len"], threshold, info.get("resample", "opencv4"))
 
     @torch.inference_mode()
     def set_image(self, image: ImageLike) -> None:
         """Take a path, encoded bytes, a PIL image, or an RGB array uint8 (H, W, 3). Raises DataError otherwise."""
+        self._features = None  # an image that cannot be read must not leave the one before it to be asked about
         rgb = read_image(image)
-        pixels = torch.from_numpy(letterbox_image(rgb, self.image_size)).to(self.device)
+        pixels = torch.from_numpy(letterbox_image(rgb, self.image_size, self.resample)).to(self.device)
         self._features = self.model.encode_image(normalise(pixels.permute(2, 0, 1)[None]))  # type: ignore[operator]
         self._size = (rgb.shape[0], rgb.shape[1])
 
@@ -76,7 +80,8 @@ class RISPredictor:
         tokens = torch.from_numpy(np.stack([pad_tokens(encode(text), self.word_len) for text in expressions]))
         index = torch.zeros(len(tokens), dtype=torch.long, device=self.device)
         logits = self.model.segment(self._features, tokens.to(self.device), index)  # type: ignore[operator]
-        full = unletterbox(logits.float().sigmoid()[:, 0], *self._size, self.image_size).cpu().numpy()
+        probabilities = logits.float().sigmoid()[:, 0]
+        full = unletterbox(probabilities, *self._size, self.image_size, self.resample).cpu().numpy()
         chosen = self.threshold if threshold is None else threshold
         predictions = []
         for probability in full:
@@ -93,13 +98,15 @@ def read_image(image: ImageLike) -> np.ndarray:
         return image
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
+    if not isinstance(image, str | Path | bytes):
+        raise DataError(f"an image is a path, encoded bytes, an array or a PIL image; got {type(image).__name__}")
     name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return np.asarray(opened.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"no image at {name}") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # bad files make Pillow raise OSError, SyntaxError, struct.error and others
         raise DataError(
             f"{name}: not an image that can be decoded ({type(error).__name__}); give a JPEG or PNG"
         ) from error

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ris_core.data import masks
-from ris_core.data.letterbox import letterbox_mask
+from ris_core.data.letterbox import Mode, letterbox_mask
 from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, decode_pixels
 from ris_core.data.text import pad_tokens
 from ris_core.errors import DataError
@@ -42,6 +42,7 @@ class ShardStore:
             found = self.manifest["schema_version"]
             raise DataError(f"{manifest}: shard schema {found}, this code reads {SCHEMA_VERSION}; preprocess again")
         self.image_size: int = self.manifest["image_size"]
+        self.resample: Mode = self.manifest["resample"]
         self._batches = [self._open(self.folder / entry["file"]) for entry in self.manifest["shards"]]
         self._address = [(shard, row) for shard, batch in enumerate(self._batches) for row in range(batch.num_rows)]
         self._index_refs()
@@ -51,8 +52,11 @@ class ShardStore:
     def _open(path: Path) -> pa.RecordBatch:
         if not path.exists():
             raise DataError(f"{path} is named in the manifest but missing: preprocess this dataset again")
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-        return file.read_all().combine_chunks().to_batches()[0] if file.num_record_batches else _empty(file.schema)
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} is damaged ({error}): delete it and preprocess this dataset again") from None
+        return table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
 
     def _index_refs(self) -> None:
         """Flat numpy columns over all referents: image index, position in the image, split, number of sentences."""
@@ -185,7 +189,8 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
         }
 
     def _target(self, image: int, ann_id: int) -> np.ndarray:
-        return letterbox_mask(self.store.mask(image, ann_id), self.store.image_size, stride=4)
+        store = self.store
+        return letterbox_mask(store.mask(image, ann_id), store.image_size, stride=4, mode=store.resample)
 
     def loader(self, epoch: int, first_step: int = 0, workers: int = 0) -> DataLoader[dict[str, torch.Tensor]]:
         """Batches of `epoch` from `first_step` on, made ahead by `workers` processes (0: in this one)."""

@@ -6,7 +6,8 @@ They are kept as one Parquet file per dataset, one row per image; nothing later 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,24 +121,51 @@ def write_records(path: str | Path, records: Sequence[ImageRecord], dataset: str
         temporary.unlink(missing_ok=True)
 
 
-def read_records(path: str | Path) -> list[ImageRecord]:
-    """Read what `write_records` wrote, in the same order.
+def read_records(path: str | Path, first: int = 0, last: int | None = None) -> list[ImageRecord]:
+    """Read what `write_records` wrote, in the same order: rows first..last-1 (all, by default).
 
-    Raises DataError when the file is missing, is no Parquet file, or was written in another schema version.
+    Only the row groups that hold these rows are read, so that a task can fetch its share of a large file. Rows beyond
+    the end are left out, as in a slice. Raises DataError when the file is missing, is no whole Parquet file, or was
+    written in another schema version.
     """
-    path = Path(path)
+    records: list[ImageRecord] = []
+    with _opened(Path(path)) as file:
+        last = file.metadata.num_rows if last is None else last
+        start = 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                rows = file.read_row_group(group).slice(low - start, high - low)
+                records += [_from_row(row) for row in rows.to_pylist()]
+            start = end
+    return records
+
+
+def count_records(path: str | Path) -> int:
+    """How many records (images) a file holds, from its footer alone. Raises DataError as `read_records` does."""
+    with _opened(Path(path)) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """The Parquet file, its version and columns checked; what is damaged inside becomes a DataError as well."""
     if not path.is_file():
         raise DataError(f"{path}: no such records file; the stage `prepare` writes it (dvc repro prepare)")
     try:
-        table = pq.read_table(path, partitioning=None)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            version = (schema.metadata or {}).get(b"ris.schema_version", b"none").decode()
+            if version != SCHEMA_VERSION:
+                raise DataError(
+                    f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; run `prepare` again"
+                )
+            if not schema.equals(RECORDS_SCHEMA):
+                raise DataError(f"{path} has other columns than records have; run `prepare` again")
+            yield file
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a whole Parquet file ({error}); delete it and run `prepare` again") from None
-    version = (table.schema.metadata or {}).get(b"ris.schema_version", b"none").decode()
-    if version != SCHEMA_VERSION:
-        raise DataError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; run `prepare` again")
-    if not table.schema.equals(RECORDS_SCHEMA):
-        raise DataError(f"{path} has other columns than records have; run `prepare` again")
-    return [_from_row(row) for batch in table.to_batches(ROW_GROUP_IMAGES) for row in batch.to_pylist()]
 
 
 def _as_row(record: ImageRecord) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +25,15 @@ from PIL import Image, UnidentifiedImageError
 from ris_core.data.letterbox import Mode, letterbox_image
 from ris_core.data.records import ImageRecord
 from ris_core.data.text import encode
+from ris_core.errors import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 95
+WRITE_PIECE = 1 << 20
 
 _SENTENCE = pa.struct(
     [("sent_id", pa.int64()), ("sent", pa.string()), ("raw", pa.string()), ("tokens", pa.list_(pa.uint16()))]
@@ -68,68 +73,120 @@ class ShardOptions:
     text: str = "sent"
 
 
-def shard_fingerprint(records: Sequence[ImageRecord], options: ShardOptions) -> str:
-    """Name of a shard's content: records, options and schema version. Equal fingerprints mean equal rows."""
-    content = [SCHEMA_VERSION, asdict(options), [asdict(record) for record in records]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def shard_fingerprint(records: Sequence[ImageRecord], image_root: Path, options: ShardOptions) -> str:
+    """Name of a shard's content: records, sizes of the image files, options and schema version.
+
+    Equal fingerprints mean equal rows, unless an image was replaced by another one of the same size to the byte.
+    """
+    files = [image_root / record.file_name for record in records]
+    sizes = [file.stat().st_size if file.is_file() else None for file in files]
+    content = [SCHEMA_VERSION, options, list(records), sizes]
+    text = json.dumps(content, sort_keys=True, default=_fields)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fields(item: Any) -> dict[str, Any]:
+    """A dataclass for JSON. Unlike `asdict` it copies nothing, which matters for tens of thousands of records."""
+    return {field.name: getattr(item, field.name) for field in fields(item)}
 
 
 def load_image(path: Path) -> np.ndarray:
     """Decode an image file to RGB uint8 (H, W, 3). EXIF orientation is ignored, as COCO's annotations do.
 
-    Raises OSError (also for a truncated file) or PIL.UnidentifiedImageError.
+    Raises BadImage for a file that is missing, truncated or otherwise no whole image.
     """
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:  # its text holds the path
+        raise BadImage(path, "no image format that Pillow knows") from None
+    except Exception as error:  # bad files make Pillow raise OSError, SyntaxError, struct.error and others
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadImage(path, reason or type(error).__name__) from error
+
+
+class BadImage(DataError):
+    """An image file that cannot be decoded or contradicts its annotation; `reason` is the same wherever the file lies."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(path, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} cannot be used: {self.reason}"
 
 
 def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, options: ShardOptions) -> dict[str, Any]:
     """Decode, letterbox and write the images of one shard; returns its manifest entry.
 
     An image that cannot be decoded, or whose size is not the annotated one, is left out and named with its reason under
-    `quarantined`. A whole shard with the same fingerprint that already lies at `path` is kept as it is.
+    `quarantined`. A whole shard with the same fingerprint that already lies at `path` is kept as it is, unless it left
+    out images, which may have been mended since.
     """
-    fingerprint = shard_fingerprint(records, options)
+    fingerprint = shard_fingerprint(records, image_root, options)
     entry = _finished_entry(path, fingerprint)
     if entry is not None:
         return entry
-    rows, quarantined = [], []
+    rows: list[dict[str, Any]] = []
+    images, ends, quarantined = bytearray(), [0], []
     for record in records:
         try:
-            rows.append(_row(record, load_image(image_root / record.file_name), options))
-        except (OSError, UnidentifiedImageError, DataMismatch) as error:
-            # PIL's messages hold object addresses, which would change the bytes from run to run.
-            reason = str(error) if isinstance(error, DataMismatch) else type(error).__name__
-            quarantined.append({"image_id": record.image_id, "file_name": record.file_name, "reason": reason})
+            images += _image(record, image_root, options)
+            ends.append(len(images))
+            rows.append(_row(record, options))
+        except BadImage as error:
+            quarantined.append({"image_id": record.image_id, "file_name": record.file_name, "reason": error.reason})
     entry = {"file": path.name, "images": len(rows), "splits": _split_counts(rows), "quarantined": quarantined}
     metadata = {
         "ris.schema_version": str(SCHEMA_VERSION),
         "ris.fingerprint": fingerprint,
         "ris.entry": json.dumps(entry),
     }
-    table = pa.Table.from_pylist(rows, schema=SHARD_SCHEMA.with_metadata(metadata)).combine_chunks()
+    table = _table(rows, images, ends).replace_schema_metadata(metadata)
     temporary = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with HashedFile(temporary) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     os.replace(temporary, path)
-    return {**entry, "sha256": _sha256(path)}
+    return {**entry, "sha256": file.sha256.hexdigest()}
 
 
-class DataMismatch(Exception):
-    """An image contradicts its annotation (its size, say)."""
+class HashedFile(io.BufferedWriter):
+    """A new file whose SHA-256 is known when it is written, without reading it again.
+
+    It goes out in pieces that stay in the processor's cache between the two uses. Linux also takes a write of hundreds
+    of megabytes into its largest pages, which cost ten times as much when they are first touched (measured, ext4).
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Buffer, /) -> int:
+        """Write and hash all of `data`; returns its size in bytes."""
+        view = memoryview(data)
+        for start in range(0, view.nbytes, WRITE_PIECE):
+            piece = view[start : start + WRITE_PIECE]
+            self.sha256.update(piece)
+            super().write(piece)
+        return view.nbytes
 
 
-def _row(record: ImageRecord, rgb: np.ndarray, options: ShardOptions) -> dict[str, Any]:
+def _image(record: ImageRecord, image_root: Path, options: ShardOptions) -> bytes:
+    path = image_root / record.file_name
+    rgb = load_image(path)
     if rgb.shape[:2] != (record.height, record.width):
         found, wanted = f"{rgb.shape[1]}x{rgb.shape[0]}", f"{record.width}x{record.height}"
-        raise DataMismatch(f"the image is {found}, its annotations are for {wanted}")
-    pixels = letterbox_image(rgb, options.image_size, mode=options.resample)
+        raise BadImage(path, f"the image is {found}, its annotations are for {wanted}")
+    return _encode(letterbox_image(rgb, options.image_size, mode=options.resample), options.storage)
+
+
+def _row(record: ImageRecord, options: ShardOptions) -> dict[str, Any]:
+    """All of a row but its image."""
     return {
         "image_id": record.image_id,
         "file_name": record.file_name,
         "height": record.height,
         "width": record.width,
-        "image": _encode(pixels, options.storage),
         "instances": [
             {
                 "ann_id": item.ann_id,
@@ -145,11 +202,23 @@ def _row(record: ImageRecord, rgb: np.ndarray, options: ShardOptions) -> dict[st
                 "ref_id": ref.ref_id,
                 "ann_id": ref.ann_id,
                 "split": ref.split,
-                "sentences": [{**asdict(s), "tokens": encode(getattr(s, options.text))} for s in ref.sentences],
+                "sentences": [{**_fields(s), "tokens": encode(getattr(s, options.text))} for s in ref.sentences],
             }
             for ref in record.refs
         ],
     }
+
+
+def _table(rows: Sequence[dict[str, Any]], images: bytearray, ends: Sequence[int]) -> pa.Table:
+    """Rows and their images, which lie end to end in `images` (row i ends at ends[i + 1]), with `SHARD_SCHEMA`.
+
+    The images are taken as the one buffer they are: converted one by one, they would be in memory three times.
+    """
+    place = SHARD_SCHEMA.get_field_index("image")
+    buffers = [None, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(images)]
+    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)
+    table = pa.Table.from_pylist(rows, schema=SHARD_SCHEMA.remove(place)).combine_chunks()
+    return table.add_column(place, SHARD_SCHEMA.field("image"), column)
 
 
 def _encode(pixels: np.ndarray, storage: str) -> bytes:
@@ -185,11 +254,15 @@ def _split_counts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def _finished_entry(path: Path, fingerprint: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    with pa.memory_map(str(path)) as source:
-        metadata = pa.ipc.open_file(source).schema.metadata
+    try:
+        with pa.OSFile(str(path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+    except pa.ArrowInvalid:  # a machine that lost power may leave a file without its end
+        return None
     if metadata.get(b"ris.fingerprint") != fingerprint.encode():
         return None
-    return {**json.loads(metadata[b"ris.entry"]), "sha256": _sha256(path)}
+    entry = json.loads(metadata[b"ris.entry"])
+    return None if entry["quarantined"] else {**entry, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -60,6 +60,7 @@ class SyntheticSpec:
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sentences_per_ref", tuple(self.sentences_per_ref))  # YAML brings a list
         low, high = self.sentences_per_ref
         checks = {
             f"seed is {self.seed}: use 0 or more": self.seed >= 0,

@@ -6,6 +6,7 @@ every score, subset or paired comparison can be recomputed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
 from ris_core.data.letterbox import unletterbox
-from ris_core.data.text import encode, expression_kind, pad_tokens
+from ris_core.data.text import encode, expression_kind, pad_token_batch
+from ris_core.errors import DataError
 from ris_core.evaluation.metrics import Protocol
 from ris_core.models.clip import normalise
 
@@ -70,8 +72,12 @@ def queries_of(store: ShardStore, split: str, protocol: Protocol, images: Sequen
 def shuffled(queries: Sequence[Query], seed: int) -> list[Query]:
     """The same queries, each with a sentence of another referent: what a model scores that ignores language.
 
-    A seeded permutation, repaired by swapping until no referent keeps a sentence of its own.
+    A seeded permutation, repaired by swapping until no referent keeps a sentence of its own. Raises DataError if that
+    cannot be done, because one referent has more than half of the sentences.
     """
+    of_one = max(Counter(query.ref_id for query in queries).values(), default=0)
+    if 2 * of_one > len(queries):
+        raise DataError(f"{len(queries)} sentences cannot be shuffled among referents: {of_one} of them are of one")
     order = np.random.default_rng(seed).permutation(len(queries))
     for i in range(len(order)):
         step = 1
@@ -112,9 +118,9 @@ def evaluate(
         place = {image: i for i, image in enumerate(images)}
         pixels = torch.from_numpy(np.stack([store.pixels(image) for image in images])).to(device)
         features = model.encode_image(normalise(pixels.permute(0, 3, 1, 2)))  # type: ignore[operator]
-        ids = [pad_tokens(encode(query.text), word_len) for query in group]
-        longest = max(int((row != 0).sum()) for row in ids)
-        tokens = torch.from_numpy(np.stack(ids)[:, :longest]).to(device)
+        texts = [encode(query.text) for query in group]
+        longest = min(word_len, max(map(len, texts)))
+        tokens = torch.from_numpy(pad_token_batch(texts, longest)).to(device)
         index = torch.tensor([place[query.image] for query in group], device=device)
         probabilities = model.segment(features, tokens, index).float().sigmoid()[:, 0]  # type: ignore[operator]
         for image in images:
@@ -151,7 +157,7 @@ def _score_image(
     """Rows of one image; probabilities (N, h, w) on the model's device."""
     row = store.row(image)
     height, width = row["height"], row["width"]
-    full = unletterbox(probabilities, height, width, store.image_size)
+    full = unletterbox(probabilities, height, width, store.image_size, store.resample)
     wanted = {query.ann_id for query in queries}
     objects = [o for o in row["instances"] if o["ann_id"] in wanted or (with_objects and not o["iscrowd"])]
     truth = torch.from_numpy(np.stack([masks.decode(o["counts"], height, width) for o in objects])).to(full.device)

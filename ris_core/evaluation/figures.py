@@ -40,7 +40,7 @@ def captioned(picture: Image.Image, text: str, height: int = 18) -> Image.Image:
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
     shown = text
-    while draw.textlength(shown) > picture.width - 8:
+    while text and draw.textlength(shown) > picture.width - 8:
         text = text[:-1]
         shown = text + "…"
     draw.text((4, picture.height + 3), shown, fill="black")

@@ -49,12 +49,11 @@ def attention(
     return out.transpose(1, 2).flatten(-2)
 
 
-def spatial_attention_pool(pool: AttentionPool2d, features: torch.Tensor) -> torch.Tensor:
-    """C5: CLIP's attention pool kept as a map, (B, 32*width, H, W) -> (B, E, H, W).
+def attention_pool_map(pool: AttentionPool2d, features: torch.Tensor) -> torch.Tensor:
+    """CLIP's attention pool kept as a map: raw layer4 maps (B, 32*width, H, W) -> (B, E, H, W).
 
-    No mean token; every position is a query; a residual branch `pool.connect` (1x1 convolution and batch norm, added by
-    CRIS); ReLU at the end. The positional embedding, without its first row, is resized to (H, W) by bicubic
-    interpolation written as a matrix product, which is quick and has a deterministic gradient on GPUs.
+    No mean token; every position is a query. The positional embedding, without its first row, is resized to (H, W) by
+    bicubic interpolation written as a matrix product, which is quick and has a deterministic gradient on GPUs.
     """
     height, width = features.shape[-2:]
     grid = math.isqrt(pool.positional_embedding.shape[0] - 1)
@@ -62,7 +61,12 @@ def spatial_attention_pool(pool: AttentionPool2d, features: torch.Tensor) -> tor
         positions = _bicubic_matrix(grid, height, width, features.device) @ pool.positional_embedding[1:]
     x = features.flatten(2).transpose(1, 2) + positions
     pooled = pool.c_proj(attention(pool.q_proj(x), pool.k_proj(x), pool.v_proj(x), pool.num_heads))
-    return F.relu(pooled.transpose(1, 2).unflatten(2, (height, width)) + pool.connect(features))
+    return pooled.transpose(1, 2).unflatten(2, (height, width))
+
+
+def spatial_attention_pool(pool: AttentionPool2d, features: torch.Tensor) -> torch.Tensor:
+    """C5 of CRIS: `attention_pool_map` plus a residual branch `pool.connect` (1x1 convolution and batch norm), then ReLU."""
+    return F.relu(attention_pool_map(pool, features) + pool.connect(features))
 
 
 class CoordConv(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ def build_model(system: str, config: Any, clip: nn.Module) -> nn.Module:
 def export_model(
     folder: Path, system: str, weights: dict[str, torch.Tensor], config: Any, clip: Path, info: dict[str, Any]
 ) -> None:
-    """Write a model folder; `clip` is the folder of the CLIP it was built on (only its architecture is copied)."""
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(folder / "model.safetensors"))
+    """Write a model folder; `clip` is the folder of the CLIP it was built on (only its architecture is copied).
+
+    Each file appears whole or not at all.
+    """
     content = {
         "format": FORMAT,
         "system": system,
@@ -52,7 +55,11 @@ def export_model(
         "clip": read_clip_config(clip)["architecture"],
         "info": info,
     }
-    (folder / "model.json").write_text(json.dumps(content, indent=1) + "\n")
+    partial = folder / "model.partial"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(partial))
+    os.replace(partial, folder / "model.safetensors")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, folder / "model.json")
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -64,7 +71,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     missing = [name for name in ("model.json", "model.safetensors") if not (folder / name).exists()]
     if missing:
         raise WeightsError(f"{folder} holds no model: {', '.join(missing)} missing; train one, or pass its folder")
-    content = json.loads((folder / "model.json").read_text())
+    try:
+        content = json.loads((folder / "model.json").read_text())
+    except ValueError as error:
+        raise WeightsError(f"{folder}/model.json is damaged ({error}); export the model again") from error
     if content.get("format") != FORMAT:
         raise WeightsError(f"{folder}/model.json has format {content.get('format')!r}, this code reads {FORMAT}")
     _, config_class = _parts(content["system"])

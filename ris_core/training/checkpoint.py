@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ris_core.errors import WeightsError
@@ -55,8 +57,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     temporary.mkdir(parents=True)
     write_into(temporary, checkpoint)
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # else the old one is all there is, and stays until the new one is in place
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -72,7 +74,7 @@ def write_into(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint. Raises WeightsError if a file is missing or the format is another one.
+    """Read a checkpoint. Raises WeightsError if a file is missing or damaged, or the format is another one.
 
     A folder that `save` was replacing when it was stopped is found under its `.old` name.
     """
@@ -83,18 +85,20 @@ def load(folder: Path) -> Checkpoint:
         raise WeightsError(
             f"{folder} is not a whole checkpoint: {', '.join(missing)} missing; delete it to start afresh"
         )
-    state = json.loads((folder / "state.json").read_text())
+    best = folder / "best.safetensors"
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        model = load_file(str(folder / "last.safetensors"))
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        best_weights = load_file(str(best)) if best.exists() else None
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{folder} is damaged ({reason}); delete it to start afresh") from error
     if state.pop("format", None) != FORMAT:
         raise WeightsError(
             f"{folder}/state.json has another format than {FORMAT}; delete the checkpoint to start afresh"
         )
-    best = folder / "best.safetensors"
-    return Checkpoint(
-        position=Position(**state),
-        model=load_file(str(folder / "last.safetensors")),
-        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
-        best=load_file(str(best)) if best.exists() else None,
-    )
+    return Checkpoint(Position(**state), model, optimizer, best_weights)
 
 
 def exists(folder: Path) -> bool:

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ris_core.config import TrainParams
 from ris_core.data.dataset import TrainingBatches
 from ris_core.errors import ConfigError
-from ris_core.models.clip import normalise
+from ris_core.models.clip import load_strictly, normalise
 from ris_core.training.checkpoint import Checkpoint, Position, cpu_copy
 from ris_core.training.losses import segmentation_loss
 from ris_core.training.optim import make_optimizer, set_learning_rates
-from ris_core.training.runtime import Runtime
+from ris_core.training.runtime import Runtime, share_buffers
 
 LOG_EVERY = 20
 
@@ -37,6 +37,7 @@ class Trainable(Protocol):
 
 Validate = Callable[[nn.Module], dict[str, float]]
 Log = Callable[[dict[str, float], int], None]
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 class Trainer:
@@ -55,7 +56,7 @@ class Trainer:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.autocast, self.scaler = precision(params.precision, self.device)
         self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True)
+            AveragedModel(self.model, multi_avg_fn=moving_average(params.ema_decay), use_buffers=True)
             if params.ema_decay
             else None
         )
@@ -67,7 +68,7 @@ class Trainer:
         checkpoint = self.runtime.load()
         if checkpoint is None:
             return
-        self.model.load_state_dict(checkpoint.model)
+        load_strictly(self.model, checkpoint.model, "The checkpoint of this run does not fit its model")
         self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         if self.average is not None:
@@ -146,6 +147,7 @@ class Trainer:
     def _finish_epoch(self, log: Log) -> None:
         position = self.position
         weights = self.average.module if self.average is not None else self.model
+        share_buffers(weights)
         metrics = {"train/loss": self.train_loss, **self.validate(weights)}
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
         position.history.append({"epoch": position.epoch, **metrics})
@@ -157,6 +159,24 @@ class Trainer:
             print(f"epoch {position.epoch}/{self.params.epochs}  {shown}  ({self.seconds:.0f} s)", file=sys.stderr)
             log(metrics, position.epoch * len(self.batches))
         self.runtime.report({"epoch": float(position.epoch), **metrics}, self.checkpoint())
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Any], None]:
+    """In-place update for `AveragedModel`: average <- decay * average + (1 - decay) * value; integers are copied.
+
+    torch's own function computes average + (1 - decay) * (value - average), which makes NaN of the -inf in CLIP's
+    causal mask, a buffer.
+    """
+
+    @torch.no_grad()
+    def update(averages: Tensors, values: Tensors, _: Any) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_mul_(averages, decay)
+            torch._foreach_add_(averages, values, alpha=1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
+
+    return update
 
 
 def precision(name: str, device: torch.device) -> tuple[AbstractContextManager[Any], torch.amp.GradScaler]:

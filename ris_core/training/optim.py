@@ -32,7 +32,8 @@ def learning_rate_factor(params: TrainParams, epoch: int, step: int, steps_per_e
     done = epoch * steps_per_epoch + step
     warm = min(1.0, (done + 1) / params.warmup_steps) if params.warmup_steps else 1.0
     if params.schedule == "multistep":
-        return warm * params.gamma ** bisect.bisect_right(params.milestones, epoch + 1)
+        # CRIS steps its MultiStepLR after each epoch: milestone 35 lowers the rate from the 36th epoch on.
+        return warm * params.gamma ** bisect.bisect_right(params.milestones, epoch)
     return warm * 0.5 * (1 + math.cos(math.pi * done / (params.epochs * steps_per_epoch)))
 
 

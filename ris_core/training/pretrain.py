@@ -1,8 +1,10 @@
 """A small CLIP of our own: contrastive pre-training on captioned scenes (the embedded default has no other weights).
 
 Reads a captions file in COCO's format, `{"images": [...], "annotations": [{"image_id", "caption", "bbox"?}]}`: captions
-without a box describe the whole image, those with one describe that region. Each step contrasts whole scenes among
-themselves and regions among themselves with open_clip's own loss (Radford et al. 2021, section 2.3).
+without a box describe the whole image, those with one describe that region. Each step encodes some scenes once and
+contrasts, with open_clip's own loss (Radford et al. 2021, section 2.3), scenes with their captions and regions with
+theirs. A region's feature is cut out of the dense map of the attention pool (RoIAlign), in the spirit of RegionCLIP
+(Zhong et al. 2022): the map that CRIS starts from then already answers to words, at the objects' own scale and place.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from ris_core.data.letterbox import letterbox_image, letterbox_matrix
 from ris_core.data.shards import load_image
 from ris_core.data.text import encode, pad_token_batch
 from ris_core.errors import DataError
-from ris_core.models.clip import encode_words, normalise
+from ris_core.models.clip import encode_words, normalise, resnet_feature_maps
+from ris_core.models.cris_layers import attention_pool_map
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
 HELD_OUT = 0.1  # share of the captioned images that only measure
-CONTEXT = 1.25  # a region is cut out with this much of its box, so that shapes keep their outline
 RETRIEVAL_AMONG = 128
 
 
@@ -80,7 +82,7 @@ def read_captions(root: Path, captions: Path, image_size: int) -> Captions:
             f"{captions}: needs captions of whole images and of regions; has {len(scenes)} and {len(regions)}"
         )
     region_image = np.array([place[a["image_id"]] for a in regions])
-    boxes = [_to_square(a["bbox"], matrices[i]) for a, i in zip(regions, region_image, strict=True)]
+    boxes = [_letterboxed(a["bbox"], matrices[i]) for a, i in zip(regions, region_image, strict=True)]
     return Captions(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         scene_image=np.array([place[a["image_id"]] for a in scenes]),
@@ -91,13 +93,11 @@ def read_captions(root: Path, captions: Path, image_size: int) -> Captions:
     )
 
 
-def _to_square(bbox: list[float], matrix: np.ndarray) -> list[float]:
-    """An (x, y, w, h) box of the original image as a square-ish (x1, y1, x2, y2) with context, letterboxed."""
+def _letterboxed(bbox: list[float], matrix: np.ndarray) -> list[float]:
+    """An (x, y, w, h) box of the original image as (x1, y1, x2, y2) in letterboxed pixels."""
     x, y, w, h = bbox
-    half = CONTEXT * max(w, h) / 2
-    centre = matrix @ np.array([x + w / 2, y + h / 2, 1.0])
-    half *= matrix[0, 0]
-    return [centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half]
+    corners = matrix @ np.array([[x, x + w], [y, y + h], [1.0, 1.0]])
+    return [*corners[:, 0], *corners[:, 1]]
 
 
 def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
@@ -105,9 +105,9 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
     from open_clip.loss import ClipLoss
 
     order = np.random.default_rng(params.seed).permutation(len(data.pixels))
-    held = max(RETRIEVAL_AMONG, round(HELD_OUT * len(order)))
+    held = min(max(RETRIEVAL_AMONG, round(HELD_OUT * len(order))), len(order) // 2)
     training, testing = data.subset(order[held:]), data.subset(order[:held])
-    sampler = Sampler(training, params, clip, device)
+    scene_tokens, region_tokens = Tokens(training.scene_text, clip, device), Tokens(training.region_text, clip, device)
     clip.to(device, memory_format=torch.channels_last).train()
     # Few of the 49,408 token vectors occur: sparse gradients spare updating the rest (46 ms a step on two cores).
     clip.token_embedding.sparse = True
@@ -117,7 +117,7 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
         {"params": [p for p in dense if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.98), fused=device.type == "cuda"),
+        torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.98), fused=True),
         torch.optim.SparseAdam([clip.token_embedding.weight], lr=params.lr, betas=(0.9, 0.98)),
     ]
     loss_of = ClipLoss()
@@ -129,10 +129,11 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
             for group in optimizer.param_groups:
                 group["lr"] = params.lr * warm * 0.5 * (1 + math.cos(math.pi * step / params.steps))
             optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
-        for images, tokens in (sampler.scenes(step), sampler.regions(step)):
-            seen, said = clip.encode_image(normalise(images), normalize=True), encode_phrases(clip, tokens)
-            loss = loss + loss_of(seen, said, clip.logit_scale.exp())
+        scenes, regions = draw(training, params, step)
+        seen, seen_regions = encode_scenes(clip, training, scenes, regions)
+        scale = clip.logit_scale.exp()
+        loss = loss_of(seen, encode_phrases(clip, scene_tokens[scenes]), scale)
+        loss = loss + loss_of(seen_regions, encode_phrases(clip, region_tokens[regions]), scale)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -142,99 +143,103 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
         if (step + 1) % 50 == 0:
             mean, shown = shown.item() / 50, torch.zeros((), device=device)
             bar.set_postfix(loss=f"{mean:.3f}")
-            if not sys.stderr.isatty() and (step + 1) % 200 == 0:
+            if not sys.stderr.isatty():
                 print(f"pretrain_clip step {step + 1}/{params.steps}  loss {mean:.3f}", file=sys.stderr)
     clip.token_embedding.sparse = False
-    return measure(clip, testing, params, device)
+    return measure(clip, testing, device)
 
 
-class Sampler:
-    """Batches of one step as a function of (seed, step). Equal captions in one batch would be false negatives: dropped."""
+def draw(data: Captions, params: ClipParams, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scene captions and region captions of one step, as indices: a function of (seed, step).
 
-    def __init__(self, data: Captions, params: ClipParams, clip: CLIP, device: torch.device):
-        self.data, self.params, self.device = data, params, device
-        self.context, self.size = int(clip.context_length), int(clip.visual.image_size)
-        self.pixels = data.pixels.to(device)
-        self.scene_tokens = [encode(text) for text in data.scene_text]
-        self.region_tokens = [encode(text) for text in data.region_text]
+    One caption for each of `scenes_per_step` images, and for each region in them. Captions that are equal, and so would
+    count against each other although both are right, occur once.
+    """
+    random = np.random.default_rng([params.seed, step])
+    images = random.choice(np.unique(data.scene_image), min(params.scenes_per_step, len(np.unique(data.scene_image))), False)
+    scenes = random.permutation(np.flatnonzero(np.isin(data.scene_image, images)))
+    scenes = scenes[_first(data.scene_image[scenes])]
+    scenes = scenes[_first([data.scene_text[i] for i in scenes])]
+    regions = random.permutation(np.flatnonzero(np.isin(data.region_image, data.scene_image[scenes])))
+    place = np.concatenate([data.region_image[regions, None], data.region_box[regions]], 1)
+    regions = regions[np.unique(place, axis=0, return_index=True)[1]]
+    return scenes, regions[_first([data.region_text[i] for i in regions])]
 
-    def scenes(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole images uint8 (B, 3, s, s) at the pre-training size, and their tokens (B, L)."""
-        chosen = self._draw(step, 0, self.params.scenes_per_step, self.data.scene_text, self.data.scene_image)
-        index = torch.from_numpy(self.data.scene_image[chosen]).to(self.device)
-        return shrink(self.pixels[index], self.size), self._tokens(self.scene_tokens, chosen)
 
-    def regions(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cut-out regions (B, 3, s, s) and their tokens (B, L)."""
-        chosen = self._draw(step, 1, self.params.regions_per_step, self.data.region_text, None)
-        return self.crops(chosen), self._tokens(self.region_tokens, chosen)
+def _first(values: np.ndarray | list[str]) -> np.ndarray:
+    """Positions at which each distinct value occurs first, ascending."""
+    return np.sort(np.unique(values, return_index=True)[1])
 
-    def crops(self, chosen: np.ndarray) -> torch.Tensor:
-        boxes = torch.from_numpy(self.data.region_box[chosen]).to(self.device)
-        images, own = np.unique(self.data.region_image[chosen], return_inverse=True)
-        rois = torch.cat([torch.from_numpy(own).to(boxes)[:, None], boxes], 1)
-        pixels = self.pixels[torch.from_numpy(images).to(self.device)].float()
-        return roi_align(pixels, rois, self.size, sampling_ratio=1, aligned=True)
 
-    def _draw(self, step: int, kind: int, count: int, texts: list[str], images: np.ndarray | None) -> np.ndarray:
-        random = np.random.default_rng([self.params.seed, step, kind])
-        drawn = random.integers(len(texts), size=count)
-        _, first = np.unique([texts[i] for i in drawn], return_index=True)
-        drawn = drawn[np.sort(first)]
-        if images is not None:  # two captions of one image are both right for it
-            _, first = np.unique(images[drawn], return_index=True)
-            drawn = drawn[np.sort(first)]
-        return drawn
+class Tokens:
+    """Captions as token ids; indexing with an array gives a padded batch int64 (N, L) on the device."""
 
-    def _tokens(self, tokens: list[list[int]], chosen: np.ndarray) -> torch.Tensor:
-        texts = [tokens[i] for i in chosen]
-        return torch.from_numpy(pad_token_batch(texts, min(self.context, max(map(len, texts))))).to(self.device)
+    def __init__(self, texts: list[str], clip: CLIP, device: torch.device):
+        self.ids = [encode(text) for text in texts]
+        self.context, self.device = int(clip.context_length), device
+
+    def __getitem__(self, chosen: np.ndarray) -> torch.Tensor:
+        ids = [self.ids[i] for i in chosen]
+        return torch.from_numpy(pad_token_batch(ids, min(self.context, max(map(len, ids))))).to(self.device)
+
+
+def encode_scenes(
+    clip: CLIP, data: Captions, scenes: np.ndarray, regions: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit features of scenes (B, E) and of regions in them (R, E) from one pass over the images.
+
+    scenes and regions index the captions of `data`; every region must lie in the image of one of the scenes.
+    """
+    device = clip.logit_scale.device
+    images, row = np.unique(data.scene_image[scenes], return_inverse=True)
+    layer4 = resnet_feature_maps(clip.visual, normalise(data.pixels[images].to(device)))[2]
+    seen = clip.visual.attnpool(layer4)[torch.from_numpy(row).to(device)]
+    owner = torch.from_numpy(np.searchsorted(images, data.region_image[regions])).to(device)
+    boxes = torch.cat([owner[:, None].float(), torch.from_numpy(data.region_box[regions]).to(device)], 1)
+    scale = layer4.shape[-1] / data.pixels.shape[-1]
+    cut = roi_align(attention_pool_map(clip.visual.attnpool, layer4), boxes, 1, scale, sampling_ratio=2, aligned=True)
+    return nn.functional.normalize(seen, dim=-1), nn.functional.normalize(cut.flatten(1), dim=-1)
 
 
 def encode_phrases(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """Unit sentence vectors (N, E) of tokens (N, L); as `clip.encode_text`, which wants the full context length, but shorter."""
+    """Unit sentence vectors (N, E) of tokens (N, L), as `clip.encode_text` gives them, for any L up to the context length."""
     return nn.functional.normalize(encode_words(clip, tokens)[1], dim=-1)
 
 
-def shrink(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Images (B, 3, S, S) averaged down to (B, 3, size, size) float 0..255; unchanged if they have that size."""
-    if pixels.shape[-1] == size:
-        return pixels.float()
-    return nn.functional.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True)
-
-
 @torch.inference_mode()
-def measure(clip: CLIP, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
+def measure(clip: CLIP, data: Captions, device: torch.device) -> dict[str, float]:
     """Held-out scores, each with its chance level.
 
-    retrieval@1: the right caption for a scene among 128. phrase_to_object: a region's caption picks a region of the same
-    image that carries it (equal captions count as right).
+    retrieval@1: the right caption for a scene among 128 (or all, if there are fewer). phrase_to_object: a region's caption
+    picks, among the regions of its image, one that carries it (equal captions count as right).
     """
     clip.eval()
-    sampler = Sampler(data, params, clip, device)
-    first = np.unique(data.scene_image, return_index=True)[1][:RETRIEVAL_AMONG]
-    pixels = sampler.pixels[torch.from_numpy(data.scene_image[first]).to(device)]
-    seen = clip.encode_image(normalise(shrink(pixels, sampler.size)), normalize=True)
-    said = encode_phrases(clip, sampler._tokens(sampler.scene_tokens, first))
-    retrieval = ((seen @ said.T).argmax(1).cpu().numpy() == np.arange(len(first))).mean()
-
+    scenes = np.unique(data.scene_image, return_index=True)[1]
     everything = np.arange(len(data.region_text))
-    parts = np.array_split(everything, 8)
-    regions = torch.cat([clip.encode_image(normalise(sampler.crops(part)), normalize=True) for part in parts])
-    phrases = encode_phrases(clip, sampler._tokens(sampler.region_tokens, everything))
-    similarity = (phrases @ regions.T).cpu().numpy()
+    parts = [
+        (part, everything[np.isin(data.region_image, data.scene_image[part])])
+        for part in np.array_split(scenes, -(-len(scenes) // 64))
+    ]
+    encoded = [encode_scenes(clip, data, part, regions) for part, regions in parts]
+    seen = torch.cat([pair[0] for pair in encoded])[:RETRIEVAL_AMONG]
+    said = encode_phrases(clip, Tokens(data.scene_text, clip, device)[scenes[:RETRIEVAL_AMONG]])
+    retrieval = ((seen @ said.T).argmax(1).cpu().numpy() == np.arange(len(seen))).mean()
+
+    regions = np.concatenate([regions for _, regions in parts])
+    phrases = encode_phrases(clip, Tokens(data.region_text, clip, device)[regions])
+    similarity = (phrases @ torch.cat([pair[1] for pair in encoded]).T).cpu().numpy()
+    text = np.array(data.region_text)[regions]
+    image, box = data.region_image[regions], data.region_box[regions]
     hits, chance = [], []
-    for phrase, text in enumerate(data.region_text):
-        same_image = np.flatnonzero(data.region_image == data.region_image[phrase])
-        candidates = same_image[np.unique(data.region_box[same_image], axis=0, return_index=True)[1]]
-        best = candidates[similarity[phrase, candidates].argmax()]
-        box = data.region_box[best]
-        right = [r for r in same_image if data.region_text[r] == text]
-        hits.append(any((data.region_box[r] == box).all() for r in right))
-        chance.append(len({tuple(data.region_box[r]) for r in right}) / len(candidates))
+    for i in range(len(regions)):
+        same_image = np.flatnonzero(image == image[i])
+        objects, member = np.unique(box[same_image], axis=0, return_inverse=True)
+        right = set(member[text[same_image] == text[i]])
+        hits.append(member[similarity[i, same_image].argmax()] in right)
+        chance.append(len(right) / len(objects))
     return {
         "retrieval@1": float(retrieval),
-        "retrieval@1_chance": 1 / len(first),
+        "retrieval@1_chance": 1 / len(seen),
         "phrase_to_object": float(np.mean(hits)),
         "phrase_to_object_chance": float(np.mean(chance)),
     }

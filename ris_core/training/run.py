@@ -74,7 +74,8 @@ def main() -> None:
         assert trainer.best is not None
         folder = arguments.out / "model"
         folder.mkdir(parents=True, exist_ok=True)
-        info = {"word_len": params.train.word_len, "image_size": trainer.batches.store.image_size}
+        store = trainer.batches.store
+        info = {"word_len": params.train.word_len, "image_size": store.image_size, "resample": store.resample}
         export_model(folder, arguments.system, trainer.best, getattr(params, arguments.system), arguments.clip, info)
         print(f"{folder}: best epoch {position.best_epoch}, val mIoU {position.best_score:.3f}")
 

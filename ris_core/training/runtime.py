@@ -73,6 +73,16 @@ def best_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers: the running statistics of plain batch norms differ after a step.
+
+    DistributedDataParallel does so before each forward pass, but validation does not go through it.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Elementwise sum of a tensor over all processes; the tensor itself where there is only one."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -4,7 +4,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ris_core.data.records import ImageRecord, Instance, Reference, Sentence, read_records, write_records
+from ris_core.data.records import (
+    ROW_GROUP_IMAGES,
+    ImageRecord,
+    Instance,
+    Reference,
+    Sentence,
+    count_records,
+    read_records,
+    write_records,
+)
 from ris_core.errors import DataError
 
 
@@ -29,6 +38,25 @@ def test_records_survive_the_round_trip(tmp_path: Path) -> None:
     records = [*some_records(5000), ImageRecord(10**12, "x.jpg", 1, 1, (), ())]
     write_records(tmp_path / "new" / "folder" / "r.parquet", records, "refcoco_unc")
     assert read_records(tmp_path / "new" / "folder" / "r.parquet") == records
+
+
+def test_a_share_of_a_file_is_a_slice_across_its_row_groups(tmp_path: Path) -> None:
+    records, edge = some_records(2 * ROW_GROUP_IMAGES + 10), ROW_GROUP_IMAGES
+    write_records(tmp_path / "r.parquet", records, "shapes")
+    assert count_records(tmp_path / "r.parquet") == len(records)
+    ends = len(records)
+    for first, last in [(0, 3), (edge - 2, edge + 2), (edge, 2 * edge), (5, ends - 5), (ends - 1, ends + 9), (7, 7)]:
+        assert read_records(tmp_path / "r.parquet", first, last) == records[first:last]
+
+
+def test_damage_inside_a_whole_looking_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    write_records(path, some_records(), "shapes")
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)  # after the magic number: data pages, the footer stays
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"(?s)not a whole Parquet file.*run `prepare` again"):
+        read_records(path)
 
 
 def test_equal_records_give_equal_bytes_with_their_dataset(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What is timed, and against what floor: see README.md here."""

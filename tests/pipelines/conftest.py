@@ -1,0 +1,53 @@
+"""What the tests of the stages share: working directories, and a tracking store that is migrated once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from pipelines_world import Workplace, export_untrained
+
+if TYPE_CHECKING:
+    from conftest import Tiny
+
+
+@pytest.fixture(scope="session")
+def untrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with random weights. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("untrained") / "model"
+    export_untrained(tiny, folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tiny: Tiny, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """An empty directory with params.yaml, which is the working directory during the test."""
+    place = Workplace(tmp_path / "workplace", tiny, untrained)
+    place.root.mkdir()
+    shutil.copy(tiny.params_file, place.root / "params.yaml")
+    monkeypatch.chdir(place.root)
+    return place
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database that holds nothing yet. To make one takes seconds, to copy it none."""
+    from pipelines import tracking
+
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+        tracking.connect()
+    return database
+
+
+@pytest.fixture
+def store(migrated_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this test's own MLflow store, to which MLFLOW_TRACKING_URI points."""
+    folder = tmp_path / "tracking"
+    folder.mkdir()
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    return folder

@@ -1,0 +1,203 @@
+"""`ris <verb>`: quick help, and errors that are one message with exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from pipelines_world import Workplace, python
+
+from pipelines import cli
+
+VERBS = "synthesize prepare preprocess pretrain-clip train evaluate register report predict".split()
+HEAVY = "torch torchvision ray mlflow pandas numpy pyarrow open_clip matplotlib".split()
+HELP_ALL = f"""
+import sys
+from pipelines.cli import app
+for arguments in (["--help"], *([verb, "--help"] for verb in {VERBS!r})):
+    sys.argv = ["ris", *arguments]
+    try:
+        app()
+    except SystemExit as end:
+        assert end.code == 0, (arguments, end.code)
+print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+
+
+def ris(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of the console script, in this process."""
+    monkeypatch.setattr(sys, "argv", ["ris", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.app()
+    code = end.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err
+
+
+def test_help_of_every_verb_comes_without_heavy_libraries(tmp_path: Path) -> None:
+    done = python("-c", HELP_ALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("heavy: []")
+    for verb in VERBS:
+        assert f"ris {verb} [OPTIONS]" in done.stdout
+
+
+def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> None:
+    done = python("-m", "pipelines.cli", "prepare", "--dataset", "refcocog_unc", cwd=workplace.root)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no dataset 'refcocog_unc': did you mean refcocog_umd")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert workplace.files() == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["synthesize", "--dataset", "squares"], "no embedded dataset 'squares': choose one of shapes, shapes+, shapesg"),
+        (["prepare", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
+        (["preprocess", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
+        (["preprocess", "--dataset", "shapes"], "shapes.parquet: no such records file; the stage `prepare` writes it"),
+        (["train", "--system", "cris", "--dataset", "refcoco"], "there is no dataset 'refcoco'"),
+        (["train", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'; there are cris"),
+        (["train", "--system", "cris", "--dataset", "shapes"], "run the preprocess stage for this dataset first"),
+        (["evaluate", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'"),
+        (["evaluate", "--system", "cris", "--dataset", "shapes"], "run the preprocess stage for this dataset first"),
+        (["register", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'"),
+        (["register", "--system", "cris", "--dataset", "shapes"], "models/cris-shapes holds no model: model.json, model."),
+        (["report"], "results/evaluate has no scores yet: run the evaluate stage first"),
+        (["predict", "x.jpg", "the star"], "models/cris-shapes holds no model: model.json, model.safetensors missing"),
+        (["predict", "x.jpg", "the star", "--out", "mask.tiff"], "--out mask.tiff: give a .png or .jpg file"),
+        (["predict", "x.jpg", "the star", "--out", "no/where.png"], "--out no/where.png: give a .png or .jpg file in a"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(
+    arguments: list[str],
+    message: str,
+    workplace: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert workplace.files() == set()
+
+
+def test_evaluation_without_a_model_is_told_before_ray_starts(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.link("shards")
+    monkeypatch.setattr("pipelines.cluster.connected", lambda: pytest.fail("Ray was asked for"))
+    arguments = ("evaluate", "--system", "cris", "--dataset", "shapes")
+    code, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, "models/cris-shapes holds no model" in shown) == (1, True)
+
+
+def test_no_parameter_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, shown = ris("prepare", "--dataset", "shapes", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert shown == "error: params.yaml: no such parameter file; run from the repository root, or pass its path\n"
+
+
+def test_all_wrong_parameters_are_told_at_once(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace.root / "params.yaml").write_text(
+        "preset: huge\ntrain: {epoks: 3, lr: fast}\nevaluate: {protocols: [ours, theirs]}\npresets: {big: {trian: {}}}\n"
+    )
+    code, shown = ris("prepare", "--dataset", "shapes", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert "train.epoks: unknown parameter; did you mean 'epochs'?" in shown
+    assert "train.lr: Value 'fast' of type 'str' could not be converted to Float" in shown
+    assert "presets.big.trian: unknown parameter; did you mean 'train'?" in shown
+    assert "preset: no preset named 'huge'; there are big" in shown
+
+
+def test_an_unknown_protocol_is_refused_with_the_known_ones(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace.root / "params.yaml").write_text("evaluate: {protocols: [ours, theirs]}\n")
+    arguments = ("evaluate", "--system", "cris", "--dataset", "shapes")
+    code, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert "evaluate.protocols: 'theirs' is not one of ours, cris, cris_val, lavt" in shown
+
+
+def test_a_preset_says_what_it_sets(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.set(preset="long", presets={"long": {"train": {"epochs": 9}}})
+    arguments = ("train", "--system", "cris", "--dataset", "shapes")
+    _, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert "preset 'long' sets train.epochs: 2 -> 9\n" in shown
+
+
+def test_predict_draws_the_mask(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from ris_core.evaluation.figures import overlay
+    from ris_core.predictor import RISPredictor, read_image
+
+    workplace.link("model", "raw")
+    image = next((workplace.root / "data/raw/shapes").rglob("*.jpg"))
+    monkeypatch.setattr(sys, "argv", ["ris", "predict", str(image), "the red star", "--out", "mask.png"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.app()
+    predictor = RISPredictor.from_folder("models/cris-shapes")
+    predictor.set_image(image)
+    (expected,) = predictor.predict(["the red star"])
+    assert end.value.code == 0
+    told = f"mask.png: score {expected.score:.3f}, mask covers {expected.mask.mean():.1%} of the image\n"
+    assert capsys.readouterr().out == told
+    drawn = np.asarray(Image.open("mask.png"))
+    assert np.array_equal(drawn, np.asarray(overlay(read_image(image), expected.mask)))
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "message"),
+    [
+        ("nowhere.jpg", "the star", "no image at nowhere.jpg"),
+        ("params.yaml", "the star", "params.yaml: not an image that can be decoded"),
+        ("grey.png", "  ", "expressions must be a list of non-blank texts"),
+    ],
+)
+def test_predict_refuses_what_it_cannot_answer(
+    image: str,
+    text: str,
+    message: str,
+    workplace: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from PIL import Image
+
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    code, shown = ris("predict", image, text, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert message in shown
+    assert not Path("overlay.png").exists()
+
+
+def test_an_empty_mask_is_said_so(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    arguments = ("predict", "grey.png", "the star", "--threshold", "0.9999")
+    code, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "nothing in the image matched the expression: the mask is empty" in shown

@@ -1,0 +1,115 @@
+"""A working directory for the tests of the stages: the small world of conftest laid out as the stages expect it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipelines import fingerprint, paths
+from ris_core.config import Params, load_params
+
+if TYPE_CHECKING:
+    from conftest import Tiny
+
+REPOSITORY = Path(__file__).parent.parent
+SYSTEM, DATASET = "cris", "shapes"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A directory with parameters of its own and what earlier stages made. Files of the small world are linked."""
+
+    root: Path
+    tiny: Tiny
+    trained: Path
+
+    def link(self, *wanted: str) -> None:
+        """Make results appear here: any of raw, records, shards, clip, model."""
+        sources = {
+            "raw": (paths.raw(DATASET), self.tiny.raw),
+            "records": (paths.records(DATASET), self.tiny.records_file),
+            "shards": (paths.shards(DATASET), self.tiny.shards),
+            "clip": (paths.CLIP, self.tiny.clip),
+            "model": (paths.model(SYSTEM, DATASET), self.trained),
+        }
+        for name in wanted:
+            place, source = sources[name]
+            (self.root / place).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / place).symlink_to(source, target_is_directory=source.is_dir())
+
+    def own(self, place: Path) -> Path:
+        """Turn a link into a copy that may be changed; its path."""
+        link = self.root / place
+        source = link.resolve()
+        link.unlink()
+        if source.is_dir():
+            shutil.copytree(source, link)
+        else:
+            shutil.copy(source, link)
+        return link
+
+    def set(self, **sections: Any) -> Params:
+        """Change parameters: sections are merged into what is there, other values replaced."""
+        place = self.root / "params.yaml"
+        content = yaml.safe_load(place.read_text())
+        for name, change in sections.items():
+            content[name] = {**content.get(name, {}), **change} if isinstance(change, dict) else change
+        place.write_text(json.dumps(content))  # JSON is YAML
+        return load_params(place)
+
+    def files(self) -> set[str]:
+        """All files here but params.yaml, those behind links left out."""
+        found = {Path(folder, name) for folder, _, names in os.walk(self.root) for name in names}
+        real = {file.relative_to(self.root).as_posix() for file in found if not file.is_symlink()}
+        return real - {"params.yaml"}
+
+    def stage(self, verb: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a stage as DVC does, in a process of its own."""
+        return python("-m", f"pipelines.{verb}", *arguments, cwd=self.root, **environment)
+
+
+def export_untrained(tiny: Tiny, folder: Path) -> None:
+    """A model folder as stage `train` leaves it, with random weights."""
+    import torch
+
+    from ris_core.models.clip import load_saved_clip, read_clip_config
+    from ris_core.models.systems import build_model, export_model
+
+    params = tiny.params()
+    torch.manual_seed(1)
+    weights = build_model(SYSTEM, params.cris, load_saved_clip(tiny.clip)).state_dict()
+    info = {
+        "dataset": DATASET,
+        "word_len": params.train.word_len,
+        "image_size": params.preprocess.image_size,
+        "data_digest": fingerprint.file_digest(tiny.shards / "manifest.json"),
+        "clip_digest": read_clip_config(tiny.clip)["weights_sha256"],
+        "mlflow_run": "0" * 32,
+    }
+    folder.mkdir(parents=True)
+    export_model(folder, SYSTEM, weights, params.cris, tiny.clip, info)
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh Python that finds this repository's code; its output captured as text."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,245 @@
+"""Training batches are a function of (seed, epoch, step) alone; a store names what is wrong with its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, Tiny
+
+from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
+from ris_core.data.letterbox import letterbox_mask
+from ris_core.data.text import END_ID, START_ID, encode, pad_tokens
+from ris_core.errors import DataError
+
+Batch = dict[str, torch.Tensor]
+WORD_LEN = 12
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Tiny) -> ShardStore:
+    return tiny.store()
+
+
+def batches(store: ShardStore, images: int = 4, k: int = 2, seed: int = 0, word_len: int = WORD_LEN, **other: int):
+    return TrainingBatches(store, "train", BatchPlan(images, k, seed), word_len, **other)
+
+
+def epoch_of(made: TrainingBatches, epoch: int, **options: int) -> list[Batch]:
+    return list(made.loader(epoch, **options))
+
+
+def same(first: Iterable[Batch], second: Iterable[Batch]) -> bool:
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def drawn_refs(made: TrainingBatches, epoch: int) -> np.ndarray:
+    """Referents (index into the store's columns) of an epoch's whole batches, (groups, k)."""
+    made.set_epoch(epoch)
+    return made.groups[: len(made) * made.plan.batch_images]
+
+
+def test_a_batch_has_the_promised_form(store: ShardStore) -> None:
+    batch = batches(store)[0]
+    assert {name: tensor.dtype for name, tensor in batch.items()} == {
+        "image": torch.uint8,
+        "tokens": torch.int64,
+        "image_index": torch.int64,
+        "target": torch.uint8,
+    }
+    assert batch["image"].shape == (4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert batch["target"].shape == (8, 1, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
+    assert batch["image_index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(batch["tokens"]) == 8
+    assert (batch["tokens"][:, -1] != 0).any(), "no longer than the longest sentence"
+
+
+def test_a_batch_holds_images_sentences_and_masks_that_belong_together(store: ShardStore) -> None:
+    made = batches(store)
+    made.set_epoch(3)
+    for step in range(len(made)):
+        batch = made[step]
+        for n, ref in enumerate(made.groups[4 * step : 4 * step + 4].ravel()):
+            image = int(store.ref_image[ref])
+            row = store.row(image)
+            entry = row["refs"][store.ref_position[ref]]
+            pixels = batch["image"][batch["image_index"][n]].permute(1, 2, 0).numpy()
+            assert (pixels == store.pixels(image)).all()
+            sentence = [token for token in batch["tokens"][n].tolist() if token]
+            assert sentence in [
+                pad_tokens(s["tokens"], WORD_LEN)[: len(s["tokens"])].tolist() for s in entry["sentences"]
+            ]
+            warped = letterbox_mask(store.mask(image, entry["ann_id"]), IMAGE_SIZE)
+            assert (batch["target"][n, 0].numpy() == warped[::4, ::4]).all()
+
+
+def test_batches_are_a_function_of_seed_epoch_and_step(store: ShardStore) -> None:
+    first, again = batches(store), batches(store)
+    epoch_two = epoch_of(first, 2)
+    epoch_of(again, 7)  # whatever was asked for before
+    assert same(epoch_two, epoch_of(again, 2))
+    assert same(epoch_two[3:], epoch_of(again, 2, first_step=3))
+    assert not same(epoch_two, epoch_of(first, 3))
+    assert not same(epoch_two, epoch_of(batches(store, seed=1), 2))
+
+
+def test_sentences_change_from_epoch_to_epoch(store: ShardStore) -> None:
+    made = batches(store, k=1)
+    seen: dict[int, set[str]] = {}
+    for epoch in range(8):
+        made.set_epoch(epoch)
+        for step in range(len(made)):
+            for ref, tokens in zip(made.groups[4 * step : 4 * step + 4, 0], made[step]["tokens"], strict=True):
+                seen.setdefault(int(ref), set()).add(str([token for token in tokens.tolist() if token]))
+    several = [len(seen[ref]) for ref in seen if store.ref_sentences[ref] > 1]
+    assert np.mean(several) > 1.5
+
+
+def test_one_expression_per_image_is_every_referent_exactly_once(store: ShardStore) -> None:
+    made = batches(store, images=5, k=1)  # 70 referents in 14 batches
+    for epoch in range(3):
+        drawn = Counter(drawn_refs(made, epoch).ravel().tolist())
+        assert sorted(drawn) == np.flatnonzero(store.ref_split == "train").tolist()
+        assert set(drawn.values()) == {1}
+
+
+def test_every_referent_comes_at_least_once_when_groups_divide_evenly(store: ShardStore) -> None:
+    made = batches(store, images=1, k=2)
+    assert len(made) == len(made.groups)
+    for epoch in range(3):
+        groups = drawn_refs(made, epoch)
+        assert set(groups.ravel()) == set(np.flatnonzero(store.ref_split == "train"))
+        images = store.ref_image[groups]
+        assert (images == images[:, :1]).all(), "a group is about one image"
+
+
+def test_groups_are_filled_up_where_an_image_has_too_few_referents(store: ShardStore) -> None:
+    made = batches(store, images=2, k=8)
+    for group in drawn_refs(made, 0):
+        members = set(np.flatnonzero((store.ref_image == store.ref_image[group[0]]) & (store.ref_split == "train")))
+        assert set(group) == members
+        counts = Counter(group.tolist()).values()
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_halves_of_two_ranks_are_the_whole_batch(store: ShardStore) -> None:
+    whole = epoch_of(batches(store), 1)
+    halves = [epoch_of(batches(store, rank=rank, world=2), 1) for rank in (0, 1)]
+    for one, first, second in zip(whole, *halves, strict=True):
+        length = one["tokens"].shape[1]
+        assert max(first["tokens"].shape[1], second["tokens"].shape[1]) == length
+        pair = [torch.nn.functional.pad(b["tokens"], (0, length - b["tokens"].shape[1])) for b in (first, second)]
+        assert torch.equal(torch.cat(pair), one["tokens"])
+        for name in ("image", "target"):
+            assert torch.equal(torch.cat([first[name], second[name]]), one[name])
+        assert torch.equal(torch.cat([first["image_index"], second["image_index"] + 2]), one["image_index"])
+
+
+def test_batches_made_ahead_by_a_worker_are_the_same(store: ShardStore) -> None:
+    made = batches(store)
+    assert same(epoch_of(made, 4, first_step=2), epoch_of(made, 4, first_step=2, workers=1))
+
+
+def test_long_sentences_are_cut_at_the_word_length(store: ShardStore) -> None:
+    long = [
+        len(sentence["tokens"]) > 5
+        for i in range(len(store))
+        for ref in store.row(i)["refs"]
+        for sentence in ref["sentences"]
+    ]
+    assert 0 < sum(long) < len(long)
+    tokens = torch.cat([batch["tokens"] for batch in epoch_of(batches(store, word_len=5), 0)])
+    assert tokens.shape[1] == 5
+    assert (tokens[:, 0] == START_ID).all()
+    assert ((tokens == END_ID).sum(1) == 1).all()
+    assert ((tokens == END_ID).float().argmax(1) == (tokens != 0).sum(1) - 1).all()
+
+
+def test_an_epoch_can_be_shortened(store: ShardStore) -> None:
+    full = batches(store)
+    short = TrainingBatches(store, "train", BatchPlan(4, 2, 0, steps_per_epoch=3), WORD_LEN)
+    assert len(full) > len(short) == 3
+    assert same(epoch_of(short, 1), epoch_of(full, 1)[:3])
+
+
+def test_what_cannot_be_drawn_is_said(store: ShardStore) -> None:
+    with pytest.raises(DataError, match="a global batch of 4 images does not divide over 3 workers"):
+        batches(store, world=3)
+    with pytest.raises(DataError, match="shapes has no split 'test'; it has testA, testB, train, val"):
+        TrainingBatches(store, "test", BatchPlan(4, 2, 0), WORD_LEN)
+    with pytest.raises(DataError, match="split 'train' has fewer groups than one batch of 500 images"):
+        batches(store, images=500)
+
+
+def test_images_of_a_split(store: ShardStore, tiny: Tiny) -> None:
+    records = tiny.records()
+    for split in ("train", "val", "testA", "testB"):
+        wanted = [i for i, record in enumerate(records) if any(ref.split == split for ref in record.refs)]
+        assert store.images_of(split).tolist() == wanted
+    with pytest.raises(DataError, match="shapes has no split 'dev'"):
+        store.images_of("dev")
+
+
+def test_the_index_of_referents_agrees_with_the_rows(store: ShardStore) -> None:
+    expected = [
+        (image, position, ref["split"], len(ref["sentences"]))
+        for image in range(len(store))
+        for position, ref in enumerate(store.row(image)["refs"])
+    ]
+    columns = (store.ref_image, store.ref_position, store.ref_split, store.ref_sentences)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+
+
+def test_targets_follow_the_shards_resampling(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.shards, tmp_path / "exact")
+    manifest = tmp_path / "exact/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"opencv4"', '"exact"'))
+    made = batches(ShardStore(tmp_path / "exact"))
+    made.set_epoch(0)
+    ref = made.groups[0, 0]
+    image = int(made.store.ref_image[ref])
+    mask = made.store.mask(image, made.store.row(image)["refs"][made.store.ref_position[ref]]["ann_id"])
+    assert (made[0]["target"][0, 0].numpy() == letterbox_mask(mask, IMAGE_SIZE, 4, "exact")).all()
+
+
+def test_a_folder_without_a_manifest_is_no_finished_dataset(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.shards, tmp_path / "shards", ignore=shutil.ignore_patterns("manifest.json"))
+    with pytest.raises(DataError, match=r"manifest\.json does not exist: run the preprocess stage"):
+        ShardStore(tmp_path / "shards")
+
+
+def test_another_schema_version_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(tiny.shards, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 99}))
+    with pytest.raises(DataError, match="shard schema 99, this code reads 1; preprocess again"):
+        ShardStore(folder)
+
+
+@pytest.mark.parametrize("size", [None, 0, 3000])
+def test_a_missing_or_damaged_shard_is_named(size: int | None, tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(tiny.shards, folder)
+    shard = folder / "part-00001.arrow"
+    if size is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:size])
+    message = "is named in the manifest but missing" if size is None else "is damaged"
+    with pytest.raises(DataError, match=rf"part-00001\.arrow {message}"):
+        ShardStore(folder)
+
+
+def test_tokens_in_shards_are_the_encoded_sentences(store: ShardStore) -> None:
+    sentence = store.row(0)["refs"][0]["sentences"][0]
+    assert sentence["tokens"] == encode(sentence["sent"])

@@ -1,0 +1,177 @@
+"""params.yaml is checked as a whole: everything that is wrong comes in one message, presets included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ris_core.config import Params, TrainParams, digest, load_params, preset_overrides
+from ris_core.errors import ConfigError
+from ris_core.models.cris import CRISConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(text)
+    return path
+
+
+def complaints(folder: Path, text: str) -> list[str]:
+    """The single problems of the ConfigError that a parameter file brings."""
+    with pytest.raises(ConfigError) as caught:
+        load_params(written(folder, text))
+    title, *lines = str(caught.value).splitlines()
+    problems = [line.removeprefix("  - ") for line in lines]
+    assert title == f"{folder}/params.yaml cannot be used ({len(problems)} problem{'s' * (len(problems) != 1)}):"
+    return problems
+
+
+def test_the_repositorys_own_parameters_load() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.preset == "default"
+    assert params.datasets == ["shapes"]
+    assert params.systems == ["cris"]
+    assert isinstance(params.cris, CRISConfig)
+    assert isinstance(params.train, TrainParams)
+    assert params.cris.vis_dim == params.cris.fpn_out[1]
+
+
+@pytest.mark.parametrize("preset", ["cris", "cris_paper"])
+def test_the_published_recipes_load(preset: str, tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text().replace("preset: default\n", f"preset: {preset}\n")
+    params = load_params(written(tmp_path, text))
+    assert (params.train.lr, params.train.backbone_lr_multiplier, params.train.milestones) == (1e-4, 0.1, [35])
+    assert (params.train.optimizer, params.train.batch_images, params.train.epochs) == ("adam", 64, 50)
+    assert (params.cris.vis_dim, params.cris.num_layers, params.preprocess.image_size) == (512, 3, 416)
+    assert params.train.first_epoch_backbone_multiplier == (1.0 if preset == "cris_paper" else None)
+    assert (params.train.loss.positive_weight, params.train.loss.dice_weight) == (1.0, 0.0)
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_params(written(tmp_path, "")) == Params()
+
+
+def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> None:
+    problems = complaints(
+        tmp_path,
+        """
+        preset: quick
+        trian: {epochs: 3}
+        datasets: [refcoco, shapes]
+        preprocess: {image_size: 16, storage: png}
+        train: {epochs: many, optimzer: adam, loss: 3, lr: .nan, ema_decay: 1.0, seed: null, compile: maybe}
+        evaluate:
+        cris: {vis_dim: 130, fpn_out: [16, 32]}
+        synthesize: {canvas: 4}
+        presets:
+          long: {train: {epochs: 0, weigth_decay: 1}, cluster: {use_gpu: no_idea}}
+          odd: 3
+          wide: {cris: {dropout: 1.5}, register: {metric: IoU}}
+        """,
+    )
+    expected = {
+        "trian": "did you mean 'train'?",
+        "datasets": "'refcoco' is not one of refcoco_unc, ",
+        "preprocess.image_size": "16 is below the minimum 32",
+        "preprocess.storage": "'png' is not one of pixels, jpeg",
+        "train.epochs": "Value 'many' of type 'str' could not be converted to Integer",
+        "train.optimzer": "unknown parameter; did you mean 'optimizer'?",
+        "train.loss": "expected a section with positive_weight, dice_weight, found 3",
+        "train.lr": "nan is below the minimum 0",
+        "train.ema_decay": "1.0 is not below 1",
+        "train.seed": "not Optional",
+        "train.compile": "Value 'maybe' is not a valid bool",
+        "evaluate": "expected a section with protocols",
+        "cris.fpn_out": "expected 3 values, found [16, 32]",
+        "synthesize": "canvas is 4: use 64 to 1024 pixels",
+        "presets.long.train.epochs": "0 is below the minimum 1",
+        "presets.long.train.weigth_decay": "did you mean 'weight_decay'?",
+        "presets.long.cluster.use_gpu": "'no_idea' is not one of auto, yes, no",
+        "presets.odd": "expected sections, found 3",
+        "presets.wide.register.metric": "'IoU' is not one of mIoU, oIoU",
+        "preset": "no preset named 'quick'; there are long, odd, wide",
+    }
+    assert {problem.split(": ", 1)[0] for problem in problems} == set(expected)
+    for problem in problems:
+        key, text = problem.split(": ", 1)
+        assert expected[key] in text
+
+
+def test_a_name_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
+    (problem,) = complaints(tmp_path, "prepare: {zzz: 1}")
+    assert problem == "prepare.zzz: unknown parameter; known here: on_bad, strict, check_images, exclude_images_of"
+
+
+def test_frozen_sections_are_checked_by_their_own_rules(tmp_path: Path) -> None:
+    problems = complaints(tmp_path, "cris: {vis_dim: 130, num_heads: 7}\nsynthesize: {sentences_per_ref: [3, 2]}\n")
+    assert problems == [
+        "cris: fpn_out is (256, 512, 1024): its second entry must equal vis_dim 130",
+        "cris: vis_dim is 130: use a multiple of 4 (2D sine positions)",
+        "cris: num_heads is 7: it must divide vis_dim 130",
+        "synthesize: sentences_per_ref is 3 to 2: use 1 <= least <= most <= 5",
+    ]
+
+
+def test_an_unselected_preset_is_checked_over_the_sections_below_it(tmp_path: Path) -> None:
+    """The preset's width alone is fine; with the file's heads it is not."""
+    text = "cris: {vis_dim: 96, fpn_out: [16, 96, 32], num_heads: 3}\n"
+    assert load_params(written(tmp_path, text)).cris.num_heads == 3
+    problems = complaints(tmp_path, text + "presets:\n  wide: {cris: {vis_dim: 128, fpn_out: [16, 128, 32]}}\n")
+    assert problems == ["presets.wide.cris: num_heads is 3: it must divide vis_dim 128"]
+
+
+def test_a_chosen_preset_wins_over_the_sections_and_says_what_it_sets(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """
+        preset: long
+        train: {epochs: 4, lr: 0.01, loss: {dice_weight: 0.5}}
+        presets:
+          long: {train: {epochs: 40, lr: 0.01, loss: {positive_weight: 2.0}}, datasets: [shapes, shapes+]}
+          other: {train: {epochs: 7}}
+        """,
+    )
+    params = load_params(path)
+    assert (params.train.epochs, params.train.lr, params.datasets) == (40, 0.01, ["shapes", "shapes+"])
+    assert (params.train.loss.dice_weight, params.train.loss.positive_weight) == (0.5, 2.0)
+    assert preset_overrides(path) == [
+        "train.epochs: 4 -> 40",
+        "train.loss.positive_weight: None -> 2.0",
+        "datasets: None -> ['shapes', 'shapes+']",
+    ]
+
+
+def test_the_default_preset_sets_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, "train: {epochs: 4}\npresets: {default: {}, long: {train: {epochs: 40}}}\n")
+    assert load_params(path).train.epochs == 4
+    assert preset_overrides(path) == []
+
+
+def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such parameter file; run from the repository root"):
+        load_params(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: [", "is not valid YAML"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "found duplicate key train"),
+        ("- train\n", "expected sections"),
+        ("3", "is not a parameter file"),
+        ("presets: 3\n", "presets: expected a mapping of names to sections, found 3"),
+    ],
+)
+def test_what_is_no_parameter_file(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_params(written(tmp_path, text))
+    assert "params.yaml" in str(caught.value)
+
+
+def test_digest_depends_on_content_alone() -> None:
+    assert digest({"a": 1, "b": [TrainParams()]}) == digest({"b": [TrainParams()], "a": 1})
+    assert digest(TrainParams(lr=2e-3)) != digest(TrainParams(lr=1e-3))
+    assert len(digest("x")) == 12

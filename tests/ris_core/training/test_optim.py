@@ -1,0 +1,124 @@
+"""Schedules by hand, the published CRIS recipe with the oddity of its first epoch, and what AdamW decays."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ris_core.config import TrainParams, load_params
+from ris_core.training.optim import learning_rate_factor, make_optimizer, set_learning_rates
+
+ROOT = Path(__file__).parents[3]
+
+
+def groups_of(module: nn.Module, params: TrainParams) -> list[dict]:
+    """As the training loop hands them over: half of the module is "backbone"."""
+    weights = list(module.parameters())
+    backbone, head = weights[:2], weights[2:]
+    rate = params.lr * params.backbone_lr_multiplier
+    return [
+        {"name": "backbone", "params": backbone, "lr": rate, "initial_lr": rate},
+        {"name": "head", "params": head, "lr": params.lr, "initial_lr": params.lr},
+    ]
+
+
+def optimizer_of(params: TrainParams) -> torch.optim.Optimizer:
+    return make_optimizer(groups_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), params), params)
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def paper(preset: str) -> TrainParams:
+    text = (ROOT / "params.yaml").read_text()
+    assert "preset: default\n" in text
+    return load_params_from(text.replace("preset: default\n", f"preset: {preset}\n"))
+
+
+def load_params_from(text: str) -> TrainParams:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        path.write_text(text)
+        return load_params(path).train
+
+
+@pytest.mark.parametrize(
+    ("preset", "first"), [("cris_paper", (1e-4, 1e-4)), ("cris", (1e-5, 1e-4))], ids=["as published", "mended"]
+)
+def test_effective_rates_of_the_published_recipe(preset: str, first: tuple[float, float]) -> None:
+    """Epoch 1, epochs 2 to 35, epochs 36 to 50, as simulated with the official code: (backbone, head)."""
+    params = paper(preset)
+    optimizer = optimizer_of(params)
+    expected = [first] + 34 * [(1e-5, 1e-4)] + 15 * [(1e-6, 1e-5)]
+    assert params.epochs == len(expected)
+    for epoch, (backbone, head) in enumerate(expected):
+        for step in (0, 300, 661):
+            returned = set_learning_rates(optimizer, params, epoch, step, 662)
+            found = rates(optimizer)
+            assert found["backbone"] == pytest.approx(backbone, rel=1e-12), f"epoch {epoch + 1}"
+            assert found["head"] == returned == pytest.approx(head, rel=1e-12), f"epoch {epoch + 1}"
+
+
+def test_multistep_is_torchs_own_stepped_after_each_epoch() -> None:
+    params = TrainParams(schedule="multistep", milestones=[2, 5], gamma=0.5, lr=0.8, epochs=8)
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.8)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(reference, [2, 5], 0.5)
+    for epoch in range(8):
+        assert params.lr * learning_rate_factor(params, epoch, 3, 10) == pytest.approx(reference.param_groups[0]["lr"])
+        reference.step()
+        scheduler.step()
+
+
+def test_cosine_falls_from_one_to_nearly_nothing() -> None:
+    params = TrainParams(schedule="cosine", epochs=4)
+    factors = [learning_rate_factor(params, epoch, step, 25) for epoch in range(4) for step in range(25)]
+    assert factors[0] == 1.0
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[25] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert factors == sorted(factors, reverse=True)
+    assert 0 < factors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "multistep"])
+def test_warm_up_is_linear_and_counts_steps_over_epochs(schedule: str) -> None:
+    warm = TrainParams(schedule=schedule, epochs=5, warmup_steps=6, milestones=[3])
+    plain = TrainParams(schedule=schedule, epochs=5, warmup_steps=0, milestones=[3])
+    ratios = [
+        learning_rate_factor(warm, step // 4, step % 4, 4) / learning_rate_factor(plain, step // 4, step % 4, 4)
+        for step in range(20)
+    ]
+    assert ratios == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *15 * [1.0]])
+
+
+def test_groups_keep_their_own_rates() -> None:
+    params = TrainParams(lr=1.0, backbone_lr_multiplier=0.25, epochs=2, warmup_steps=0)
+    optimizer = optimizer_of(params)
+    assert set_learning_rates(optimizer, params, 1, 0, 10) == pytest.approx(0.5)
+    assert rates(optimizer) == pytest.approx({"backbone": 0.125, "head": 0.5})
+
+
+def test_adamw_decays_matrices_and_kernels_only() -> None:
+    params = TrainParams(optimizer="adamw", weight_decay=0.3)
+    optimizer = make_optimizer(
+        groups_of(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 2)), params), params
+    )
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decay = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {4: 0.3, 2: 0.3, 1: 0.0}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
+    assert {group["name"] for group in optimizer.param_groups} == {"backbone", "head"}
+
+
+def test_adam_is_the_published_one() -> None:
+    optimizer = optimizer_of(TrainParams(optimizer="adam", weight_decay=0.0))
+    assert type(optimizer) is torch.optim.Adam
+    assert [group["name"] for group in optimizer.param_groups] == ["backbone", "head"]
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert (optimizer.defaults["eps"], optimizer.defaults["weight_decay"]) == (1e-8, 0.0)
