@@ -34,17 +34,15 @@ class Timing:
 def best_of(
     functions: Mapping[str, Callable[[], object]], rounds: int, finish: Callable[[], object] = lambda: None
 ) -> dict[str, Timing]:
-    """The least CPU and wall time of each function, after one call of each that does not count.
+    """The least CPU and wall time of each function; with two rounds or more, a slow first call does not count.
 
     A round goes through all functions, so that a burst of other work on the machine falls on all peers alike. `finish` is
-    waited for at the end of each call (`torch.cuda.synchronize` on a GPU, whose work would otherwise still be under way).
+    waited for before and after each call (`torch.cuda.synchronize` on a GPU, which works on while Python goes ahead).
     """
-    for function in functions.values():
-        function()
-    finish()
     found = {name: Timing(math.inf, math.inf) for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            finish()
             cpu, wall = time.process_time(), time.perf_counter()
             function()
             finish()

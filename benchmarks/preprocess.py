@@ -31,7 +31,7 @@ from ris_core.data.shards import ShardOptions
 RECORDS = "records.parquet"
 SHARD_IMAGES = 32
 PASSES = 4  # over the photos in each parallel run, so that it takes seconds
-ROUNDS = 3
+ROUNDS = 4
 TARGET = 0.6
 
 Task = dict[str, str]

@@ -35,17 +35,15 @@ def main(
 
     from pipelines.stage import check_names, params
     from ris_core.data.dataset import ShardStore
-    from ris_core.data.refer import DatasetName
     from ris_core.evaluation.metrics import PROTOCOLS
 
-    check_names(dataset, system)
+    name = check_names(dataset, system)
     chosen = params()
-    name = DatasetName.parse(dataset)
     if chosen.evaluate.shuffled_split is not None:
         name.check_split(chosen.evaluate.shuffled_split)
     store = ShardStore(paths.shards(dataset))
     splits = [name.check_split(split) for split in chosen.evaluate.splits or sorted_splits(store.manifest["splits"])]
-    protocols = [PROTOCOLS[name] for name in chosen.evaluate.protocols]
+    protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
     tables = score(
         chosen, paths.model(system, dataset), paths.shards(dataset), jobs(protocols, splits, chosen.evaluate)
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from PIL import Image
 
     from ris_core.data.dataset import ShardStore
 
@@ -37,17 +38,19 @@ def choose(table: pa.Table) -> list[dict[str, Any]]:
 def draw(
     rows: list[dict[str, Any]], model: Path, threshold: float, store: ShardStore, image_root: Path, out: Path
 ) -> list[dict[str, Any]]:
-    """Write one PNG per row into `out` (prediction tinted, true outline in green) and return rows with file names.
+    """Write one JPEG per row into `out` (prediction tinted, true outline in green) and return rows with file names.
 
-    `threshold` is that of the protocol the rows were scored with, so that the pictures show what was scored.
+    `answers.jpg` shows a hit of each kind, side by side. `threshold` is that of the protocol the rows were scored with,
+    so that the pictures show what was scored.
     """
     from ris_core.data.shards import load_image
-    from ris_core.evaluation.figures import overlay
+    from ris_core.evaluation.figures import captioned, grid, overlay
     from ris_core.predictor import RISPredictor
 
     predictor = RISPredictor.from_folder(model, threshold=threshold)
     place = {store.row(i)["image_id"]: i for i in range(len(store))}
-    shown = []
+    shown: list[dict[str, Any]] = []
+    hits: dict[str, Image.Image] = {}
     for number, row in enumerate(rows):
         index = place[row["image_id"]]
         image = store.row(index)
@@ -56,9 +59,14 @@ def draw(
         predictor.set_image(pixels)
         (prediction,) = predictor.predict([row["text"]])
         scale = max(1, round(320 / max(pixels.shape[:2])))
-        name = f"{number:02d}-{row['verdict']}-{row['kind']}.png"
-        overlay(pixels, prediction.mask, store.mask(index, ann_id).astype(bool), scale).save(out / name, optimize=True)
+        name = f"{number:02d}-{row['verdict']}-{row['kind']}.jpg"
+        picture = overlay(pixels, prediction.mask, store.mask(index, ann_id).astype(bool), scale)
+        picture.save(out / name, quality=85)
+        if row["verdict"] == "hit":
+            hits.setdefault(row["kind"], captioned(picture, row["text"]))
         shown.append(
             {"file": name, **{key: row[key] for key in ("text", "kind", "verdict", "iou", "score", "sent_id")}}
         )
+    if hits:
+        grid(list(hits.values()), columns=len(hits)).save(out / "answers.jpg", quality=85)
     return shown

@@ -49,7 +49,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Everything the page shows of one system on one dataset."""
     gallery = json.loads((folder / "gallery" / "gallery.json").read_text())
     for item in gallery:
-        item["picture"] = data_uri((folder / "gallery" / item["file"]).read_bytes(), "image/png")
+        item["picture"] = data_uri((folder / "gallery" / item["file"]).read_bytes(), "image/jpeg")
     with (Path("results/train") / folder.name / "history.csv").open() as file:
         history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     return {

@@ -12,6 +12,7 @@ from pipelines import paths
 
 if TYPE_CHECKING:
     from ris_core.config import Params
+    from ris_core.data.refer import DatasetName
 
 
 def params() -> Params:
@@ -24,17 +25,18 @@ def params() -> Params:
     return loaded
 
 
-def check_names(dataset: str, system: str | None = None) -> None:
-    """Raise DataError or ConfigError, with the known ones, unless there are a dataset and a system of these names."""
+def check_names(dataset: str, system: str | None = None) -> DatasetName:
+    """The dataset of that name. Raises DataError or ConfigError, with the known ones, if it or the system is unknown."""
     from ris_core.data.refer import DatasetName
 
-    DatasetName.parse(dataset)
+    name = DatasetName.parse(dataset)
     if system is not None:
         from ris_core.errors import ConfigError
         from ris_core.models.systems import SYSTEMS
 
         if system not in SYSTEMS:
             raise ConfigError(f"there is no system '{system}'; there are {', '.join(SYSTEMS)}")
+    return name
 
 
 def run(main: Callable[..., Any]) -> None:

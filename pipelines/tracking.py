@@ -7,6 +7,9 @@ run and closes it; a restart with the same fingerprint goes on in the same run.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +59,6 @@ def connect() -> MlflowClient:
     import mlflow
 
     mlflow.set_tracking_uri(place)
-    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI", place))
     try:
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
@@ -208,7 +210,6 @@ def register_model(
     """
     import base64
     import io
-    import sys
 
     import numpy as np
     import pandas as pd
@@ -227,11 +228,12 @@ def register_model(
     Image.fromarray(np.full((48, 64, 3), 127, np.uint8)).save(buffer, "PNG")
     example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()], "text": ["the red star"]})
     root = Path(__file__).parent.parent
-    with mlflow.start_run(run_id=run_id):
+    with tempfile.TemporaryDirectory() as place, mlflow.start_run(run_id=run_id):
+        copy = shutil.copytree(folder, Path(place) / "model")  # MLflow refuses links, which DVC's cache may make
         logged = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(root / "pipelines" / "serving_model.py"),
-            artifacts={"model": str(folder)},
+            artifacts={"model": str(copy)},
             code_paths=[str(root / "ris_core")],
             signature=ModelSignature(
                 inputs=Schema([ColSpec("string", "image"), ColSpec("string", "text")]),

@@ -78,7 +78,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     if content.get("format") != FORMAT:
         raise WeightsError(f"{folder}/model.json has format {content.get('format')!r}, this code reads {FORMAT}")
     _, config_class = _parts(content["system"])
-    model = build_model(content["system"], config_class(**content["config"]), build_clip(content["clip"]))
+    try:
+        config = config_class(**content["config"])
+    except TypeError as error:
+        raise WeightsError(f"{folder}/model.json is of another version of {content['system']} ({error})") from error
+    model = build_model(content["system"], config, build_clip(content["clip"]))
     try:
         model.load_state_dict(load_file(str(folder / "model.safetensors")))
     except (RuntimeError, SafetensorError) as error:

@@ -34,27 +34,21 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-def paper(preset: str) -> TrainParams:
+def recipe(preset: str, folder: Path) -> TrainParams:
+    """The section `train` of the repository's own parameters under a preset."""
     text = (ROOT / "params.yaml").read_text()
     assert "preset: default\n" in text
-    return load_params_from(text.replace("preset: default\n", f"preset: {preset}\n"))
-
-
-def load_params_from(text: str) -> TrainParams:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "params.yaml"
-        path.write_text(text)
-        return load_params(path).train
+    path = folder / "params.yaml"
+    path.write_text(text.replace("preset: default\n", f"preset: {preset}\n"))
+    return load_params(path).train
 
 
 @pytest.mark.parametrize(
     ("preset", "first"), [("cris_paper", (1e-4, 1e-4)), ("cris", (1e-5, 1e-4))], ids=["as published", "mended"]
 )
-def test_effective_rates_of_the_published_recipe(preset: str, first: tuple[float, float]) -> None:
+def test_effective_rates_of_the_published_recipe(preset: str, first: tuple[float, float], tmp_path: Path) -> None:
     """Epoch 1, epochs 2 to 35, epochs 36 to 50, as simulated with the official code: (backbone, head)."""
-    params = paper(preset)
+    params = recipe(preset, tmp_path)
     optimizer = optimizer_of(params)
     expected = [first] + 34 * [(1e-5, 1e-4)] + 15 * [(1e-6, 1e-5)]
     assert params.epochs == len(expected)

@@ -1,0 +1,170 @@
+"""What encoding an image once for all its expressions brings, and what the meter costs beside the model.
+
+python -m benchmarks.evaluate [--full] [--device cuda] [--threads 1] [--record]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import Report, Timing, alone, best_of
+from benchmarks.samples import EXPRESSIONS, HEIGHT, OBJECTS, SPLIT, WIDTH, write_store
+
+IMAGES = {"small": 8, "r50": 1}
+ROUNDS = {"small": 3, "r50": 2}
+DETAILS = {"r50": "CRIS-R50 at 416", "small": "small CRIS"}
+ROWS = 100_000
+VAL = (10_834, 1_500)  # expressions and images of RefCOCO val
+BOOTSTRAP_SAMPLES = 1000
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="also the published CRIS-R50 at 416")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1, as each actor of the stage has)")
+    parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
+    args = parser.parse_args()
+    settings = {"device": args.device, "threads": args.threads, "expressions_per_image": EXPRESSIONS}
+    report = Report("evaluate" if args.device == "cpu" else f"evaluate-{args.device}", settings)
+    for name in ["small", "r50"] if args.full else ["small"]:
+        report_model(report, name, alone(measure_model, name, args.device, args.threads), args.device)
+    report_meter(report, alone(measure_meter, args.threads))
+    report.finish(args.record)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Timings of one model over `expressions` of `images`, and the GFLOP of the first two."""
+
+    images: int
+    expressions: int
+    timings: dict[str, Timing]
+    shared_gflop: float
+    repeated_gflop: float
+
+
+def measure_model(name: str, device: str, threads: int) -> Found:
+    """The same expressions with shared and with repeated encodings, one by one, and through all of `evaluate`."""
+    import numpy as np
+    import torch
+
+    from benchmarks.models import case, gflop, synchronise
+    from ris_core.data.dataset import ShardStore
+    from ris_core.data.letterbox import unletterbox
+    from ris_core.data.text import tokenize
+    from ris_core.evaluation.evaluator import evaluate, pairwise_overlap, queries_of
+    from ris_core.evaluation.metrics import PROTOCOLS
+    from ris_core.models.clip import normalise
+
+    torch.set_num_threads(threads)
+    chosen, protocol = case(name), PROTOCOLS["ours"]
+    model = chosen.build(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        store = ShardStore(write_store(Path(folder), IMAGES[name], chosen.image_size, chosen.words))
+        queries = queries_of(store, SPLIT, protocol)
+        pixels = torch.from_numpy(np.stack([store.pixels(i) for i in range(len(store))])).permute(0, 3, 1, 2).to(device)
+        tokens = torch.from_numpy(tokenize([query.text for query in queries], chosen.train.word_len)).to(device)
+        index = torch.tensor([query.image for query in queries], device=device)
+        row = store.row(0)
+        truth = np.stack([store.mask(0, item["ann_id"]) for item in row["instances"]])
+    masks = torch.from_numpy(truth).to(device)
+    maps = torch.rand(EXPRESSIONS, chosen.image_size // 4, chosen.image_size // 4, device=device)
+    full = unletterbox(maps, HEIGHT, WIDTH, chosen.image_size)
+
+    logits: dict[str, torch.Tensor] = {}
+
+    def shared() -> None:
+        logits["shared"] = model.segment(model.encode_image(normalise(pixels)), tokens, index)
+
+    def repeated() -> None:
+        logits["repeated"] = model(normalise(pixels[index]), tokens)
+
+    def one_by_one() -> None:
+        for image, text in zip(index, tokens, strict=True):
+            model(normalise(pixels[image][None]), text[None])
+
+    functions = {
+        "shared": shared,
+        "repeated": repeated,
+        "one_by_one": one_by_one,
+        "evaluate": lambda: evaluate(
+            model, store, queries, protocol, word_len=chosen.train.word_len, split=SPLIT, images_per_batch=IMAGES[name]
+        ),
+        "unletterbox": lambda: [unletterbox(maps, HEIGHT, WIDTH, chosen.image_size) for _ in range(IMAGES[name])],
+        "overlap": lambda: [pairwise_overlap(full > 0.5, masks) for _ in range(IMAGES[name])],
+    }
+    with torch.inference_mode():
+        work = gflop(shared), gflop(repeated)
+        timings = best_of(functions, ROUNDS[name], synchronise(device))
+    difference = (logits["shared"] - logits["repeated"]).abs().max().item()
+    if not difference < 0.01:
+        raise RuntimeError(f"shared and repeated encodings of {name} differ by {difference}")
+    return Found(len(store), len(queries), timings, *work)
+
+
+def report_model(report: Report, name: str, found: Found, device: str) -> None:
+    """Rates with and without sharing beside what the saved work alone would bring, and the meter's parts beside the model."""
+    clock = "CPU s" if device == "cpu" else "s"
+    spent = {what: timing.cpu if device == "cpu" else timing.wall for what, timing in found.timings.items()}
+    rate = {what: found.expressions / seconds for what, seconds in spent.items()}
+    report.add(f"{DETAILS[name]}, an encoding per expression", rate["repeated"], f"expressions/{clock}")
+    report.add(
+        "  an encoding per image", rate["shared"], f"expressions/{clock}", rate["shared"] / rate["repeated"], "that"
+    )
+    limit = found.repeated_gflop / found.shared_gflop
+    report.add("  by the work saved (GFLOP) alone", limit * rate["repeated"], f"expressions/{clock}", limit, "that")
+    ratio = rate["one_by_one"] / rate["repeated"]
+    report.add("  one by one, as the official test", rate["one_by_one"], f"expressions/{clock}", ratio, "that")
+    ratio = spent["evaluate"] / spent["shared"]
+    report.add("  evaluate, all of it", rate["evaluate"], f"expressions/{clock}", ratio, "the model's own time")
+    unit = "ms CPU/expression" if device == "cpu" else "ms/expression"
+    for what in ("unletterbox", "overlap"):
+        share = spent[what] / spent["shared"]
+        report.add(
+            f"  {what}, {WIDTH}x{HEIGHT}",
+            1000 * spent[what] / found.expressions,
+            unit,
+            share,
+            "the model",
+        )
+
+
+def measure_meter(threads: int) -> dict[str, float]:
+    """CPU seconds of the meter's parts that no model takes part in."""
+    import numpy as np
+    import torch
+
+    from ris_core.evaluation.evaluator import pairwise_overlap
+    from ris_core.evaluation.metrics import bootstrap_intervals, scores
+
+    torch.set_num_threads(threads)
+    random = np.random.default_rng(0)
+    union = random.integers(1, 100_000, ROWS)
+    intersection = (union * random.random(ROWS)).astype(np.int64)
+    some, image_ids = slice(0, VAL[0]), np.sort(random.integers(VAL[1], size=VAL[0]))
+    predicted, truth = (torch.rand(count, HEIGHT, WIDTH) > 0.5 for count in (EXPRESSIONS, OBJECTS))
+    functions = {
+        "scores": lambda: scores(intersection, union),
+        "bootstrap": lambda: bootstrap_intervals(intersection[some], union[some], image_ids, BOOTSTRAP_SAMPLES, 0),
+        "overlap": lambda: pairwise_overlap(predicted, truth),
+        "copy": lambda: (predicted.float(), truth.float()),
+    }
+    return {name: timing.cpu for name, timing in best_of(functions, 5).items()}
+
+
+def report_meter(report: Report, spent: dict[str, float]) -> None:
+    """The meter's rates on the CPU."""
+    report.add("meter: scores", ROWS / spent["scores"], "expressions/CPU s")
+    ratio = spent["copy"] / spent["overlap"]
+    rate = EXPRESSIONS / spent["overlap"]
+    report.add("meter: overlap with all objects", rate, "expressions/CPU s", ratio, "one copy of the masks to float")
+    report.add("meter: bootstrap of RefCOCO val", spent["bootstrap"], "CPU s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Forward pass and training step of CRIS against the machine's matrix product: the published R50 and the small model.
+
+python -m benchmarks.train_step [--models small r50] [--device cuda] [--threads 2] [--record]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import Report, Timing, alone, best_of, peak_memory
+
+ROUNDS = {"small": 3, "r50": 2}
+DETAILS = {"r50": "CRIS-R50 at 416", "small": "small CRIS"}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(ROUNDS), default=list(ROUNDS), help="default: both")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: bf16 autocast")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
+    parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
+    args = parser.parse_args()
+    settings = {"device": args.device, "threads": args.threads}
+    report = Report("train_step" if args.device == "cpu" else f"train_step-{args.device}", settings)
+    for name in args.models:
+        report_case(report, name, alone(measure, name, args.device, args.threads), args.device)
+    report.finish(args.record)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One model: timings and GFLOP of a forward pass and of a step over a batch of `samples` expressions."""
+
+    images: int
+    samples: int
+    tokens: int
+    matmul: float  # GFLOP/s
+    forward: Timing
+    step: Timing
+    forward_gflop: float
+    step_gflop: float
+    peak: float  # MiB, of the GPU if there is one
+
+
+def measure(name: str, device: str, threads: int) -> Found:
+    """Time one model; the step is the training loop's own, on a batch from shards."""
+    import torch
+
+    from benchmarks.models import case, gflop, matmul_rate, synchronise
+    from benchmarks.samples import SPLIT, write_store
+    from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
+    from ris_core.models.clip import normalise
+    from ris_core.training.loop import Trainer
+    from ris_core.training.runtime import LocalRuntime
+
+    torch.set_num_threads(threads)
+    matmul = matmul_rate(device)
+    chosen = case(name)
+    plan = BatchPlan(chosen.train.batch_images, chosen.train.expressions_per_image, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ShardStore(write_store(Path(folder), plan.batch_images, chosen.image_size, chosen.words))
+        batches = TrainingBatches(store, SPLIT, plan, chosen.train.word_len)
+        runtime = LocalRuntime(Path(folder), device)
+        trainer = Trainer(chosen.build(device), batches, lambda model: {}, chosen.train, runtime)
+        batch = batches[0]
+    on_device = {key: value.to(device) for key, value in batch.items()}
+
+    @torch.inference_mode()
+    def forward() -> None:
+        trainer.model.eval()
+        images = normalise(on_device["image"]).contiguous(memory_format=torch.channels_last)
+        with trainer.autocast:
+            trainer.model(images, on_device["tokens"], on_device["image_index"])
+
+    losses: list[torch.Tensor] = []
+
+    def step() -> None:
+        trainer.model.train()
+        losses.append(trainer._step(batch, 0))
+
+    forward_gflop, step_gflop = gflop(forward), gflop(step)
+    timings = best_of({"forward": forward, "step": step}, ROUNDS[name], synchronise(device))
+    if not all(loss.isfinite() for loss in losses):
+        raise RuntimeError(f"losses of {name} are {losses}: their timing would mean nothing")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_memory()
+    samples, tokens = batch["tokens"].shape
+    return Found(
+        plan.batch_images,
+        samples,
+        tokens,
+        matmul,
+        **timings,
+        forward_gflop=forward_gflop,
+        step_gflop=step_gflop,
+        peak=peak,
+    )
+
+
+def report_case(report: Report, name: str, found: Found, device: str) -> None:
+    """Seconds a sample, and the share of the matrix product's rate that the model reaches."""
+    clock = "CPU s" if device == "cpu" else "s"
+    report.add(f"{DETAILS[name]}: matrix product", found.matmul, f"GFLOP/{clock}")
+    report.add("  images in a batch", found.images, "images")
+    report.add("  samples in a batch", found.samples, f"of {found.tokens} tokens")
+    for what, timing, work in (
+        ("forward", found.forward, found.forward_gflop),
+        ("training step", found.step, found.step_gflop),
+    ):
+        spent = timing.cpu if device == "cpu" else timing.wall
+        report.add(f"  {what}", spent / found.samples, f"{clock}/sample")
+        report.add(f"  {what}, work", work / found.samples, "GFLOP/sample")
+        report.add(f"  {what}, rate", work / spent, f"GFLOP/{clock}", work / spent / found.matmul, "matrix product")
+        report.add(f"  {what}, wall", found.samples / timing.wall, "samples/s")
+    report.add("  peak memory", found.peak, "MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""dvc.yaml: what is listed exists and is enough, and DVC reruns what a change touches and no more.
+
+The rerun tests run the real `dvc repro` on a copy of the repository in which `python -m pipelines.<verb>` only writes the
+outputs that dvc.yaml declares.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+VERBS = ["synthesize", "prepare", "preprocess", "pretrain_clip", "train", "evaluate", "register", "report"]
+# How a stage is started, where it runs and where its files lie; none of it decides what comes out.
+PLUMBING = {
+    *(f"pipelines/{name}.py" for name in ("cluster", "files", "fingerprint", "paths", "stage", "tracking")),
+    *(f"ris_core/{name}.py" for name in ("config", "errors", "training/runtime")),
+}
+
+
+@cache
+def stages() -> dict[str, dict[str, Any]]:
+    content = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+    assert isinstance(content, dict)
+    return content
+
+
+@cache
+def params() -> dict[str, Any]:
+    content = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def expanded() -> dict[str, dict[str, str]]:
+    """Every stage instance by its DVC name, with the values of its matrix."""
+    found: dict[str, dict[str, str]] = {}
+    for name, stage in stages().items():
+        matrix = {key: params()[value[2:-1]] for key, value in stage.get("matrix", {}).items()}
+        for values in itertools.product(*matrix.values()):
+            found["@".join([name, "-".join(values)]) if values else name] = dict(zip(matrix, values, strict=True))
+    return found
+
+
+def fill(text: str, item: dict[str, str]) -> str:
+    """A template of dvc.yaml with its matrix values and parameters put in."""
+    text = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], text)
+    return re.sub(r"\$\{(\w+)\.(\w+)\}", lambda match: str(params()[match[1]][match[2]]), text)
+
+
+def outputs(stage: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(path, flags) of every output, metric and plot of a stage."""
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [next(iter(entry.items())) if isinstance(entry, dict) else (entry, {}) for entry in entries]
+
+
+def code_of(stage: dict[str, Any]) -> list[str]:
+    return [dep for dep in stage["deps"] if dep.startswith(("pipelines/", "ris_core/"))]
+
+
+def imported(file: Path) -> set[Path]:
+    """Our own modules that a module imports when it runs, at its top or inside functions."""
+
+    def visit(node: ast.AST) -> set[str]:
+        names: set[str] = set()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                names |= {alias.name for alias in child.names}
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                names |= {child.module, *(f"{child.module}.{alias.name}" for alias in child.names)}
+            names |= visit(child)
+        return names
+
+    places = {REPOSITORY / f"{name.replace('.', '/')}.py" for name in visit(ast.parse(file.read_text()))}
+    return {place for place in places if place.is_file()}
+
+
+def needed(verb: str) -> set[str]:
+    """The modules whose code decides what a stage writes: its own and, through any number of imports, the library's."""
+    seen: set[str] = set()
+    waiting = [REPOSITORY / "pipelines" / f"{verb}.py"]
+    while waiting:
+        file = waiting.pop()
+        name = file.relative_to(REPOSITORY).as_posix()
+        if name not in seen | PLUMBING:
+            seen.add(name)
+            waiting += imported(file)
+    return seen
+
+
+def test_there_is_a_stage_for_every_verb() -> None:
+    assert list(stages()) == VERBS
+    for verb in VERBS:
+        command = f"python -m pipelines.{verb}"
+        assert stages()[verb]["cmd"].split(" --")[0] == command  # the same on a laptop and on a cluster
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_listed_code_exists(verb: str) -> None:
+    assert [dep for dep in code_of(stages()[verb]) if not (REPOSITORY / dep).exists()] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_all_code_that_decides_a_result_is_listed(verb: str) -> None:
+    listed = code_of(stages()[verb])
+    unlisted = {name for name in needed(verb) if not any(name == dep or name.startswith(f"{dep}/") for dep in listed)}
+    assert not unlisted
+
+
+def test_the_import_walk_sees_imports_inside_functions() -> None:
+    assert {"pipelines/preprocess.py", "ris_core/data/shards.py", "ris_core/data/letterbox.py"} <= needed("preprocess")
+    assert "ris_core/training/loop.py" in needed("train")
+    assert not needed("train") & PLUMBING
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_small_results_are_in_git_and_large_ones_in_the_cache(verb: str) -> None:
+    for path, flags in outputs(stages()[verb]):
+        assert (path.split("/")[0] == "results") == (flags.get("cache") is False), path
+        assert "persist" not in flags
+        assert path.split("/")[0] in ("results", "data", "models")
+
+
+def test_a_stage_reads_its_own_section_of_the_parameters() -> None:
+    read = {verb: set(stage.get("params", [])) - {"preset", "presets.${preset}"} for verb, stage in stages().items()}
+    own = {verb: {verb} for verb in ("synthesize", "prepare", "preprocess", "evaluate", "register")}
+    assert read == {**own, "pretrain_clip": {"clip"}, "train": {"train", "${item.system}"}, "report": set()}
+    for verb, sections in read.items():
+        assert {"preset", "presets.${preset}"} <= set(stages()[verb].get("params", [])) or not sections
+
+
+def test_the_lock_file_knows_exactly_these_stages() -> None:
+    lock = REPOSITORY / "dvc.lock"
+    if not lock.exists():
+        pytest.skip("nothing was reproduced here yet")
+    assert set(yaml.safe_load(lock.read_text())["stages"]) == set(expanded())
+
+
+FAKE_PYTHON = """#!{python}
+import json, sys, yaml
+from hashlib import sha256
+from pathlib import Path
+
+command = " ".join(["python", *sys.argv[1:]])
+stage = json.loads(Path("plan.json").read_text())[command]
+with open("runs.txt", "a") as log:
+    log.write(stage["name"] + "\\n")
+params = yaml.safe_load(Path("params.yaml").read_text())
+read = [str(params.get(name)) for name in stage["params"]]
+for place in map(Path, stage["data"]):
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    read += [file.read_text() for file in files if file.is_file()]
+content = json.dumps({{"value": sha256("".join(read).encode()).hexdigest()}})
+for place in map(Path, stage["outs"]):
+    file = place if place.suffix else place / "content.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+"""
+
+
+def plan() -> dict[str, dict[str, Any]]:
+    """For each command of dvc.yaml what the fake stage reads and writes."""
+    found = {}
+    for name, item in expanded().items():
+        stage = stages()[name.split("@")[0]]
+        found[fill(stage["cmd"], item)] = {
+            "name": name,
+            "params": [fill(key, item) for key in stage.get("params", [])],
+            "data": [fill(dep, item) for dep in stage["deps"] if dep not in code_of(stage)],
+            "outs": [fill(path, item) for path, _ in outputs(stage)],
+        }
+    return found
+
+
+class Copy:
+    """A copy of the repository in which stages are faked and counted."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        files = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+        wanted = (".dvc/", ".dvcignore", "dvc.yaml", "params.yaml", "pipelines/", "ris_core/")
+        for file in files:
+            if file.startswith(wanted) and (REPOSITORY / file).is_file():
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REPOSITORY / file, root / file)
+        (root / "plan.json").write_text(json.dumps(plan()))
+        (root / "bin").mkdir()
+        (root / "bin" / "python").write_text(FAKE_PYTHON.format(python=sys.executable))
+        (root / "bin" / "python").chmod(0o755)
+        subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+
+    def dvc(self, *arguments: str) -> str:
+        """Run DVC here; its standard output."""
+        path = os.pathsep.join([str(self.root / "bin"), os.environ["PATH"]])
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=self.root,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def repro(self) -> set[str]:
+        """The stages that `dvc repro` ran."""
+        log = self.root / "runs.txt"
+        log.unlink(missing_ok=True)
+        self.dvc("repro")
+        return set(log.read_text().splitlines()) if log.exists() else set()
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        place = self.root / file
+        text = place.read_text()
+        assert text.count(old) == 1, (file, old, text.count(old))
+        place.write_text(text.replace(old, new))
+
+
+def names(*verbs: str) -> set[str]:
+    """The names of all instances of these stages."""
+    return {name for name in expanded() if name.split("@")[0] in verbs}
+
+
+def test_dvc_reruns_what_a_change_touches_and_no_more(tmp_path: Path) -> None:
+    copy = Copy(tmp_path)
+    assert set(copy.dvc("stage", "list", "--name-only").split()) == set(expanded())
+    assert copy.repro() == set(expanded())
+    copy.edit("params.yaml", "\n  train_workers: ", "\n  train_workers: 1")  # where to run is no reason to run
+    assert copy.repro() == set()
+    copy.edit("params.yaml", "\n  bootstrap_samples: ", "\n  bootstrap_samples: 1")
+    assert copy.repro() == names("evaluate", "register", "report")
+    copy.edit("params.yaml", "\n  clip_grad_norm: ", "\n  clip_grad_norm: 1")
+    assert copy.repro() == names("train", "evaluate", "register", "report")
+    with (copy.root / "ris_core/training/pretrain.py").open("a") as file:
+        file.write("# changed\n")
+    assert copy.repro() == names("pretrain_clip", "train")  # what it wrote is the same: evaluation stays
+    assert '"value"' in copy.dvc("metrics", "show", "--json")

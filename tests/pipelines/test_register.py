@@ -1,0 +1,265 @@
+"""Registered versions: which becomes champion, and loading one where nothing of this repository is installed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from pipelines_world import Workplace
+from PIL import Image
+
+from pipelines import files, fingerprint, register, tracking
+from ris_core.data import masks
+from ris_core.errors import ConfigError, DataError
+from ris_core.predictor import RISPredictor
+
+NAME = "ris-cris-shapes"
+SCORES = {"mIoU": 0.41, "oIoU": 0.52, "Pr@0.5": 0.4, "expressions": 46, "mIoU_95": [0.3, 0.5]}
+TAGS = {"protocol": "ours", "split": "val", "metric": "mIoU", "data_digest": "d" * 64}
+
+
+def candidate(score: float, minimum: float = 0.0, alias: str = "champion", **tags: str) -> dict[str, str]:
+    """Register a version that holds nothing but its tags, and ask for its promotion."""
+    client = tracking.connect()
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        client.create_registered_model(NAME)
+    all_tags = {**TAGS, "score": f"{score:.5f}", **tags}
+    version = client.create_model_version(NAME, "file:///nowhere", tags=all_tags).version
+    return tracking.promote(NAME, str(version), alias, all_tags, minimum)
+
+
+def champion() -> str:
+    return str(tracking.connect().get_model_version_by_alias(NAME, "champion").version)
+
+
+def test_the_first_version_becomes_champion_and_a_better_one_takes_over(store: Path) -> None:
+    assert candidate(0.40) == {"version": "1", "decision": "champion"}
+    assert candidate(0.39) == {"version": "2", "decision": "challenger: version 1 has 0.40000"}
+    assert candidate(0.40)["decision"] == "challenger: version 1 has 0.40000"  # as good is not better
+    assert champion() == "1"
+    assert candidate(0.41) == {"version": "4", "decision": "champion"}
+    assert champion() == "4"
+    again = {**TAGS, "score": "0.41000"}
+    assert tracking.promote(NAME, "4", "champion", again, 0.0) == {"version": "4", "decision": "already champion"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"), [("protocol", "cris"), ("split", "testA"), ("metric", "oIoU"), ("data_digest", "e" * 64)]
+)
+def test_scores_of_another_kind_are_not_compared(tag: str, value: str, store: Path) -> None:
+    candidate(0.40)
+    decision = candidate(0.90, **{tag: value})["decision"]
+    assert decision == f"challenger: version 1 was scored with another {tag}; not comparable"
+    assert champion() == "1"
+
+
+def test_a_score_below_the_minimum_is_never_promoted(store: Path) -> None:
+    assert candidate(0.30, minimum=0.4)["decision"] == "not promoted: 0.3 is below the minimum 0.4"
+    assert tracking.connect().get_registered_model(NAME).aliases == {}
+    assert candidate(0.40, minimum=0.4)["decision"] == "champion"
+
+
+def test_aliases_are_independent(store: Path) -> None:
+    candidate(0.40)
+    assert candidate(0.30, alias="candidate")["decision"] == "candidate"
+    assert tracking.connect().get_registered_model(NAME).aliases == {"champion": 1, "candidate": 2}
+
+
+def evaluated(workplace: Workplace, **scores: Any) -> None:
+    """What stages `train` and `evaluate` leave."""
+    if not (workplace.root / "models").exists():
+        workplace.link("model")
+    folder = workplace.root / "results/evaluate/cris-shapes"
+    files.write_json(folder / "metrics.json", {"ours": {"val": {**SCORES, **scores}, "testA": SCORES}})
+    (folder / "gallery").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "gallery" / "00-hit-size.jpg")
+
+
+def test_a_version_carries_its_lineage(
+    workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(workplace)
+    (workplace.root / "dvc.lock").write_text("schema: '2.0'\n")
+    monkeypatch.setattr(fingerprint, "git_commit", lambda: "abc")
+    register.main("cris", "shapes")
+    shown = capsys.readouterr()
+    assert shown.out == "models:/ris-cris-shapes/1  val mIoU 0.410: champion\n"
+    assert "the run that trained models/cris-shapes is not in sqlite:" in shown.err
+    client = tracking.connect()
+    version = client.get_model_version_by_alias(NAME, "champion")
+    info = json.loads((workplace.trained / "model.json").read_text())["info"]
+    assert version.tags == {
+        **{"protocol": "ours", "split": "val", "metric": "mIoU", "score": "0.41000", "git_commit": "abc"},
+        "data_digest": info["data_digest"],
+        "clip_digest": info["clip_digest"],
+        "weights_sha256": fingerprint.file_digest(workplace.trained / "model.safetensors"),
+        "dvc_lock_sha256": fingerprint.file_digest(workplace.root / "dvc.lock"),
+    }
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test/val/Pr_0.5"] == 0.4
+    assert run.data.metrics["test/testA/mIoU"] == 0.41
+    assert [item.path for item in client.list_artifacts(version.run_id, "gallery")] == ["gallery/00-hit-size.jpg"]
+    written = json.loads((workplace.root / "results/register/cris-shapes.json").read_text())
+    expected = {"model": NAME, "protocol": "ours", "score": 0.41, "version": "1", "decision": "champion"}
+    assert written == expected
+
+
+def test_the_same_weights_are_registered_once_and_in_the_run_that_trained_them(
+    workplace: Workplace, store: Path
+) -> None:
+    run_id = tracking.open_run("ris", "train-cris-shapes-aaaa", {}, {})
+    evaluated(workplace)
+    model = workplace.own(Path("models/cris-shapes"))
+    content = json.loads((model / "model.json").read_text())
+    content["info"]["mlflow_run"] = run_id
+    (model / "model.json").write_text(json.dumps(content))
+    register.main("cris", "shapes")
+    register.main("cris", "shapes")
+    client = tracking.connect()
+    (version,) = client.search_model_versions(f"name = '{NAME}'")
+    assert version.run_id == run_id
+    assert client.get_run(run_id).info.status == "FINISHED"
+    decision = json.loads((workplace.root / "results/register/cris-shapes.json").read_text())["decision"]
+    assert decision == "already champion"
+
+
+def test_what_evaluate_did_not_leave_is_told(workplace: Workplace, store: Path) -> None:
+    workplace.link("model")
+    with pytest.raises(DataError, match="metrics.json does not exist: run the evaluate stage"):
+        register.main("cris", "shapes")
+    evaluated(workplace)
+    workplace.set(register={"split": "testB"})
+    with pytest.raises(ConfigError, match="register.split is 'testB', but only val, testA were evaluated"):
+        register.main("cris", "shapes")
+    assert not (workplace.root / "results/register").exists()
+
+
+CLEAN = """
+import importlib.util, json, sys
+# This environment has the repository installed in editable mode, which a stranger's has not.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+assert importlib.util.find_spec("ris_core") is None and importlib.util.find_spec("pipelines") is None
+
+import base64
+from pathlib import Path
+import mlflow, numpy as np, pandas as pd
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/ris-cris-shapes@champion")
+path = sys.argv[2]
+content = Path(path).read_bytes()
+text = base64.b64encode(content).decode()
+pixels = np.load(sys.argv[3])
+
+def answer(images, texts, **params):
+    return model.predict(pd.DataFrame({"image": images, "text": texts}), params=params or None).to_dict("records")
+
+def refusal(images, texts, **params):
+    try:
+        answer(images, texts, **params)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+import ris_core
+print(json.dumps({
+    "two": answer([text, text], ["the red star", "the big circle"]),
+    "bytes": answer([content], ["the red star"]),
+    "array": answer([pixels], ["the red star"]),
+    "path": answer([path], ["the red star"], allow_paths=True),
+    "threshold": answer([text], ["the red star"], threshold=0.52),
+    "path_refused": refusal([path], ["the red star"]),
+    "accents": refusal(["stra\\u00dfe.jpg"], ["the red star"]),
+    "no_path": refusal(["no/where.png"], ["the red star"], allow_paths=True),
+    "no_image": refusal([base64.b64encode(b"no picture").decode()], ["the red star"]),
+    "blank": refusal([text], ["  "]),
+    "code": ris_core.__file__,
+    "pipelines": "pipelines" in sys.modules,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a clean process got from the registered champion, and what the library answers itself."""
+
+    answers: dict[str, Any]
+    predictor: RISPredictor
+    store: Path
+    size: tuple[int, int]
+
+    def expected(self, text: str, threshold: float = 0.5) -> dict[str, Any]:
+        (prediction,) = self.predictor.predict([text], threshold=threshold)
+        height, width = prediction.mask.shape
+        return {"counts": masks.encode(prediction.mask), "height": height, "width": width}
+
+
+@pytest.fixture
+def served(workplace: Workplace, store: Path, tmp_path: Path) -> Served:
+    evaluated(workplace)
+    register.main("cris", "shapes")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(elsewhere / "street.png")
+    np.save(elsewhere / "street.npy", pixels)
+    arguments = [tracking.uri(), str(elsewhere / "street.png"), str(elsewhere / "street.npy")]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN, *arguments], cwd=elsewhere, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    predictor = RISPredictor.from_folder(workplace.trained)
+    predictor.set_image(pixels)
+    return Served(json.loads(done.stdout.splitlines()[-1]), predictor, store, (50, 70))
+
+
+def test_the_champion_answers_in_a_clean_process(served: Served) -> None:
+    answers = served.answers
+    assert Path(answers["code"]).is_relative_to(served.store / "artifacts")  # the packaged copy of the library
+    assert answers["pipelines"] is False
+    star, circle = served.expected("the red star"), served.expected("the big circle")
+    assert [{key: row[key] for key in star} for row in answers["two"]] == [star, circle]
+    assert (star["height"], star["width"]) == served.size
+    assert star["counts"] != circle["counts"]
+    (prediction,) = served.predictor.predict(["the red star"])
+    assert answers["two"][0]["score"] == pytest.approx(prediction.score, abs=1e-5)
+    for given in ("bytes", "array", "path"):
+        assert answers[given] == answers["two"][:1], given
+    (stricter,) = answers["threshold"]
+    assert stricter["counts"] == served.expected("the red star", 0.52)["counts"] != star["counts"]
+    assert answers["path_refused"].startswith("DataError: the image text ")
+    assert "file paths are read only with params={'allow_paths': True}" in answers["path_refused"]
+    assert answers["accents"].startswith("DataError: the image text 'straße.jpg' is not base64")
+    assert answers["no_path"] == "DataError: no image at no/where.png"
+    assert answers["no_image"].startswith("DataError: 10 bytes: not an image that can be decoded")
+    assert answers["blank"].startswith("DataError: expressions must be a list of non-blank texts")
+
+
+def test_a_registered_model_is_a_model_folder_too(workplace: Workplace, store: Path) -> None:
+    folder = workplace.root / "models/cris-shapes"
+    folder.mkdir(parents=True)
+    for name in ("model.json", "model.safetensors"):  # as DVC lays it out where its cache is linked
+        (folder / name).symlink_to(workplace.trained / name)
+    evaluated(workplace)
+    register.main("cris", "shapes")
+    folder = tracking.model_folder(f"models:/{NAME}@champion")
+    names = ("model.json", "model.safetensors")
+    assert [(folder / name).read_bytes() for name in names] == [(workplace.trained / n).read_bytes() for n in names]
+
+
+def test_the_example_of_a_version_is_a_picture(workplace: Workplace, store: Path) -> None:
+    evaluated(workplace)
+    register.main("cris", "shapes")
+    model = mlflow.models.get_model_info(f"models:/{NAME}@champion")
+    assert [column.name for column in model.signature.outputs] == ["counts", "height", "width", "score"]
+    example = mlflow.pyfunc.load_model(f"models:/{NAME}@champion").input_example
+    assert Image.open(io.BytesIO(base64.b64decode(example["image"][0]))).size == (64, 48)

@@ -1,0 +1,350 @@
+"""The evaluator measures what it says: a model that knows the truth scores full, one that errs scores nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import DATASET, Tiny
+from torch import nn
+
+from ris_core.data import masks
+from ris_core.data.dataset import ShardStore
+from ris_core.data.letterbox import letterbox_mask, unletterbox
+from ris_core.data.records import ImageRecord
+from ris_core.data.shards import ShardOptions, write_manifest, write_shard
+from ris_core.data.text import END_ID, encode, expression_kind
+from ris_core.errors import DataError
+from ris_core.evaluation.evaluator import TABLE_SCHEMA, Query, evaluate, pairwise_overlap, queries_of, shuffled
+from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
+from ris_core.models.clip import load_saved_clip, normalise
+from ris_core.models.systems import build_model
+
+OURS = PROTOCOLS["ours"]
+FINE = 320  # four times the pictures' own size, so that a mask survives the way there and back
+WORD_LEN = 22
+
+
+def write_store(folder: Path, records: list[ImageRecord], raw: Path, size: int) -> ShardStore:
+    folder.mkdir()
+    options = ShardOptions(size)
+    write_manifest(folder, DATASET, options, [write_shard(folder / "part-0.arrow", records, raw, options)])
+    return ShardStore(folder)
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> ShardStore:
+    """The validation images, letterboxed finely; an object that nobody refers to is declared a crowd."""
+    records = [record for record in tiny.records() if record.refs[0].split == "val"]
+    busy = max(records, key=lambda record: len(record.instances) - len(record.refs))
+    named = {ref.ann_id for ref in busy.refs}
+    lonely = next(item for item in busy.instances if item.ann_id not in named)
+    crowded = tuple(replace(item, iscrowd=int(item is lonely)) for item in busy.instances)
+    records[records.index(busy)] = replace(busy, instances=crowded)
+    return write_store(tmp_path_factory.mktemp("fine") / "shards", records, tiny.raw, FINE)
+
+
+class Oracle(nn.Module):
+    """Knows every image by its pixels and every expression by its tokens; marks the object that `choose` says."""
+
+    def __init__(self, store: ShardStore, wrong: bool = False):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.store, self.wrong = store, wrong
+        self.images = {self.key(store.pixels(i)): i for i in range(len(store))}
+        self.encoded: list[int] = []
+
+    @staticmethod
+    def key(pixels: np.ndarray) -> bytes:
+        whole = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        return normalise(whole).contiguous().numpy().tobytes()
+
+    def encode_image(self, images: torch.Tensor) -> list[int]:
+        found = [self.images[image[None].contiguous().numpy().tobytes()] for image in images]
+        self.encoded.append(len(found))
+        return found
+
+    def segment(self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+        maps = [self.map(features[i], row.tolist()) for i, row in zip(image_index.tolist(), tokens, strict=True)]
+        return torch.from_numpy(np.stack(maps))[:, None]
+
+    def map(self, image: int, tokens: list[int]) -> np.ndarray:
+        said = [token for token in tokens if token]
+        row = self.store.row(image)
+        right = {ref["ann_id"] for ref in row["refs"] for s in ref["sentences"] if encode(s["sent"]) == said}
+        assert len(right) == 1
+        marked = next(o["ann_id"] for o in row["instances"] if (o["ann_id"] in right) != self.wrong)
+        soft = letterbox_mask(self.store.mask(image, marked), FINE) / 255
+        return np.clip(np.log(soft + 1e-4) - np.log(1 - soft + 1e-4), -9, 9).astype(np.float32)
+
+
+class Constant(nn.Module):
+    """The same probability everywhere; remembers what it was given."""
+
+    def __init__(self, probability: float = 0.4):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.logit = math.log(probability / (1 - probability))
+        self.tokens: list[list[int]] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def encode_image(self, images: torch.Tensor) -> int:
+        return len(images)
+
+    def segment(self, features: int, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+        self.tokens += tokens.tolist()
+        self.shapes.append(tuple(tokens.shape))
+        return torch.full((len(tokens), 1, 80, 80), self.logit)
+
+
+def table_of(model: nn.Module, store: ShardStore, protocol: Protocol = OURS, **options: int) -> pa.Table:
+    queries = queries_of(store, "val", protocol)
+    return evaluate(model, store, queries, protocol, word_len=WORD_LEN, split="val", **options)
+
+
+def totals(table: pa.Table) -> dict[str, float]:
+    return scores(table["intersection"].to_numpy(), table["union"].to_numpy())
+
+
+def test_one_who_knows_the_truth_scores_full(store: ShardStore) -> None:
+    table = table_of(Oracle(store), store)
+    found = totals(table)
+    assert found["mIoU"] > 0.98
+    assert found["oIoU"] > 0.98
+    assert found["Pr@0.9"] == 1.0
+    assert table["right_object"].to_pylist() == [True] * len(table)
+    assert min(table["score"].to_pylist()) > 0.85
+
+
+def test_masks_are_compared_at_the_original_size(store: ShardStore) -> None:
+    table = table_of(Oracle(store), store)
+    areas = {}
+    for image in range(len(store)):
+        row = store.row(image)
+        areas |= {ref["ref_id"]: int(store.mask(image, ref["ann_id"]).sum()) for ref in row["refs"]}
+    for row in table.to_pylist():
+        truth = areas[row["ref_id"]]
+        assert row["union"] == truth + row["area"] - row["intersection"]
+        assert abs(row["area"] - truth) <= 0.05 * truth
+
+
+def test_one_who_marks_another_object_scores_nothing(store: ShardStore) -> None:
+    table = table_of(Oracle(store, wrong=True), store)
+    assert totals(table)["mIoU"] < 0.01
+    assert not any(table["right_object"].to_pylist())
+
+
+def test_each_image_is_encoded_once_whatever_is_asked_about_it(store: ShardStore) -> None:
+    images = len(store.images_of("val"))
+    for per_batch in (1, 4, 100):
+        oracle = Oracle(store)
+        table = table_of(oracle, store, images_per_batch=per_batch)
+        assert len(table) > 3 * images
+        assert sum(oracle.encoded) == images
+        assert oracle.encoded == [per_batch] * (images // per_batch) + [images % per_batch] * (images % per_batch > 0)
+
+
+def test_batches_change_nothing(store: ShardStore) -> None:
+    one = table_of(Oracle(store), store, images_per_batch=1)
+    for per_batch in (2, 5, 100):
+        assert table_of(Oracle(store), store, images_per_batch=per_batch).equals(one)
+
+
+def test_a_real_model_answers_alike_in_any_batch(tiny: Tiny) -> None:
+    torch.manual_seed(0)
+    model = build_model("cris", tiny.params().cris, load_saved_clip(tiny.clip))
+    tables = [table_of(model, tiny.store(), images_per_batch=count).to_pylist() for count in (1, 6)]
+    assert not model.training
+    for one, other in zip(*tables, strict=True):
+        assert all(one[name] == other[name] for name in ("image_id", "sent_id", "text", "random_union"))
+        assert one["score"] == pytest.approx(other["score"], abs=2e-3)
+        assert abs(one["area"] - other["area"]) <= 8, "only pixels at the threshold may differ"
+
+
+def test_every_expression_counts_exactly_once(store: ShardStore) -> None:
+    expected = [
+        (row["image_id"], ref["ref_id"], s["sent_id"], s["sent"])
+        for row in map(store.row, range(len(store)))
+        for ref in row["refs"]
+        for s in ref["sentences"]
+    ]
+    table = table_of(Oracle(store), store, images_per_batch=2)
+    assert table.schema.equals(TABLE_SCHEMA)
+    found = zip(*(table[name].to_pylist() for name in ("image_id", "ref_id", "sent_id", "text")), strict=True)
+    assert list(found) == expected
+    assert set(table["split"].to_pylist()) == {"val"}
+    assert table["kind"].to_pylist() == [expression_kind(text) for *_, text in expected]
+
+
+def test_the_first_sentence_alone(store: ShardStore) -> None:
+    table = table_of(Constant(), store, PROTOCOLS["cris_val"])
+    refs = [ref for i in range(len(store)) for ref in store.row(i)["refs"]]
+    assert table["sent_id"].to_pylist() == [ref["sentences"][0]["sent_id"] for ref in refs]
+
+
+def test_some_images_only(store: ShardStore, tiny: Tiny) -> None:
+    images = [4, 1]
+    assert {query.image for query in queries_of(store, "val", OURS, images)} == set(images)
+    assert queries_of(store, "val", OURS, []) == []
+    whole = tiny.store()
+    assert {query.image for query in queries_of(whole, "testA", OURS)} == set(whole.images_of("testA").tolist())
+    empty = evaluate(Constant(), store, [], OURS, word_len=WORD_LEN, split="val")
+    assert empty.num_rows == 0
+    assert empty.schema.equals(TABLE_SCHEMA)
+
+
+def test_the_threshold_is_the_protocols(store: ShardStore) -> None:
+    sizes = {store.row(i)["image_id"]: store.row(i)["height"] * store.row(i)["width"] for i in range(len(store))}
+    for name, share in (("cris", 1.0), ("ours", 0.0)):
+        for row in table_of(Constant(0.4), store, PROTOCOLS[name]).to_pylist():
+            assert row["area"] / sizes[row["image_id"]] == pytest.approx(share, abs=0.06)
+            assert row["score"] == pytest.approx(0.4 * share, abs=0.01)
+            if not share:
+                assert (row["intersection"], row["right_object"]) == (0, False)
+
+
+def test_lavt_compares_at_480_with_nearest_ground_truth(store: ShardStore) -> None:
+    protocol = PROTOCOLS["lavt"]
+    queries = queries_of(store, "val", protocol)
+    assert [query.text for query in queries] == [
+        s["raw"] for i in range(len(store)) for ref in store.row(i)["refs"] for s in ref["sentences"]
+    ]
+    asked = [replace(q, text=own.text) for q, own in zip(queries, queries_of(store, "val", OURS), strict=True)]
+    oracle = Oracle(store)
+    table = evaluate(oracle, store, asked, protocol, word_len=WORD_LEN, split="val")
+    assert totals(table)["mIoU"] > 0.9
+    for query, row in zip(asked, table.to_pylist(), strict=True):
+        truth = store.mask(query.image, query.ann_id)
+        height, width = truth.shape
+        grid = np.arange(480)
+        enlarged = truth[(grid * height // 480)[:, None], grid * width // 480] > 0
+        logits = torch.from_numpy(oracle.map(query.image, encode(query.text)))[None]
+        full = unletterbox(logits.sigmoid(), height, width, FINE)
+        smooth = nn.functional.interpolate(full[None], (480, 480), mode="bilinear", align_corners=False)[0, 0]
+        predicted = smooth.numpy() > 0.5
+        assert row["area"] == predicted.sum()
+        assert row["intersection"] == (predicted & enlarged).sum()
+        assert row["union"] == (predicted | enlarged).sum()
+
+
+def test_random_objects_are_the_mean_over_the_images_objects(store: ShardStore) -> None:
+    """By brute force: the referent compared with every object of its image that is no crowd, itself included."""
+    table = table_of(Constant(), store)
+    crowds = 0
+    for query, row in zip(queries_of(store, "val", OURS), table.to_pylist(), strict=True):
+        annotated = store.row(query.image)
+        own = store.mask(query.image, query.ann_id) > 0
+        sums = []
+        for item in annotated["instances"]:
+            if item["iscrowd"]:
+                crowds += 1
+                continue
+            other = masks.decode(item["counts"], annotated["height"], annotated["width"]) > 0
+            overlap, together = (own & other).sum(), (own | other).sum()
+            sums.append((overlap, together, overlap / together))
+        expected = np.mean(np.array(sums, float), 0)
+        found = [row[f"random_{name}"] for name in ("intersection", "union", "iou")]
+        assert found == pytest.approx(expected.tolist(), rel=1e-6)
+    assert crowds
+    guessing = np.mean(table["random_iou"].to_pylist())
+    assert 0.2 < guessing < 0.45, "three to five objects an image"
+
+
+def test_without_objects_the_scores_are_the_same(store: ShardStore) -> None:
+    full, bare = table_of(Oracle(store), store), table_of(Oracle(store), store, with_objects=False)
+    extra = ["right_object", "random_intersection", "random_union", "random_iou"]
+    assert bare.drop_columns(extra).equals(full.drop_columns(extra))
+    assert all(bare[name].null_count == len(bare) for name in extra)
+
+
+def test_tokens_are_no_longer_than_needed_and_cut_at_the_word_length(store: ShardStore) -> None:
+    def asked(*texts: str, word_len: int) -> Constant:
+        model = Constant()
+        first = queries_of(store, "val", OURS)[0]
+        queries = [replace(first, text=text) for text in texts]
+        evaluate(model, store, queries, OURS, word_len=word_len, split="val")
+        return model
+
+    short = asked("ring", "the red ring", word_len=22)
+    assert short.shapes == [(2, len(encode("the red ring")))]
+    assert short.tokens[0] == [*encode("ring"), 0, 0]
+    cut = asked("the large red ring in the middle", word_len=6)
+    assert cut.tokens == [[*encode("the large red ring in the middle")[:5], END_ID]]
+    odd = asked("wow!?.", word_len=22)  # its "!" is id 0, which elsewhere is padding
+    assert 0 in encode("wow!?.")
+    assert odd.tokens == [encode("wow!?.")]
+
+
+def test_shards_resampled_exactly_are_read_so(store: ShardStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = table_of(Oracle(store), store)
+    modes: list[str] = []
+
+    def watched(maps: torch.Tensor, height: int, width: int, size: int, mode: str) -> torch.Tensor:
+        modes.append(mode)
+        return unletterbox(maps, height, width, size, mode)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("ris_core.evaluation.evaluator.unletterbox", watched)
+    monkeypatch.setattr(store, "resample", "exact")
+    assert table_of(Oracle(store), store).num_rows == before.num_rows
+    assert set(modes) == {"exact"}
+
+
+def test_overlaps_of_all_pairs() -> None:
+    random = np.random.default_rng(0)
+    first, second = random.random((3, 17, 9)) > 0.5, random.random((4, 17, 9)) > 0.3
+    overlap, together = pairwise_overlap(torch.from_numpy(first), torch.from_numpy(second))
+    assert overlap.dtype == together.dtype == torch.int64
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            assert (overlap[i, j], together[i, j]) == ((a & b).sum(), (a | b).sum())
+
+
+def test_shuffling_gives_no_referent_its_own_sentence(tiny: Tiny) -> None:
+    whole = tiny.store()
+    for split in ("val", "testA"):
+        queries = queries_of(whole, split, OURS)
+        own: dict[int, set[str]] = {}
+        origin = {query.sent_id: query.ref_id for query in queries}
+        for query in queries:
+            own.setdefault(query.ref_id, set()).add(query.text)
+        marked = [replace(query, text=str(query.sent_id)) for query in queries]  # to see whose sentence it is
+        for seed in range(20):
+            mixed = shuffled(marked, seed)
+            assert [replace(query, text="") for query in mixed] == [replace(query, text="") for query in marked]
+            assert Counter(query.text for query in mixed) == Counter(query.text for query in marked)
+            assert all(origin[int(query.text)] != query.ref_id for query in mixed)
+
+
+def query(ref: int, sentence: int) -> Query:
+    return Query(0, ref, ref, sentence, f"{ref}:{sentence}")
+
+
+def test_shuffling_works_up_to_half_of_the_sentences_of_one_referent() -> None:
+    even = [query(0, 0), query(0, 1), query(0, 2), query(1, 3), query(1, 4), query(2, 5)]
+    for seed in range(50):
+        mixed = shuffled(even, seed)
+        assert all(not one.text.startswith(f"{one.ref_id}:") for one in mixed)
+    with pytest.raises(DataError, match="3 sentences cannot be shuffled among referents: 2 of them are of one"):
+        shuffled([query(0, 0), query(0, 1), query(1, 2)], seed=0)
+    assert shuffled([], seed=0) == []
+
+
+def test_shuffling_depends_on_the_seed_alone(store: ShardStore) -> None:
+    queries = queries_of(store, "val", OURS)
+    assert shuffled(queries, 1) == shuffled(queries, 1)
+    assert shuffled(queries, 1) != shuffled(queries, 2)
+
+
+def test_shuffled_sentences_are_what_the_model_hears(store: ShardStore) -> None:
+    model, queries = Constant(), queries_of(store, "val", OURS)
+    mixed = shuffled(queries, 0)
+    table = evaluate(model, store, mixed, OURS, word_len=WORD_LEN, split="val")
+    assert table["text"].to_pylist() == [query.text for query in mixed]
+    assert table["sent_id"].to_pylist() == [query.sent_id for query in queries]
+    assert [[token for token in row if token] for row in model.tokens] == [encode(query.text) for query in mixed]

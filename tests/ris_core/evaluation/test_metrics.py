@@ -1,0 +1,123 @@
+"""Scores by hand, thresholds met to the last pixel, and intervals that respect images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ris_core.evaluation.metrics import (
+    PRECISION_AT,
+    PROTOCOLS,
+    Protocol,
+    bootstrap_intervals,
+    by_group,
+    iou,
+    scores,
+)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def test_scores_by_hand() -> None:
+    """IoUs .9, .5, .1, 0: their mean, and the ratio of the sums, which the large object rules."""
+    found = scores(ints(90, 10, 1, 0), ints(100, 20, 10, 5))
+    assert found == {
+        "mIoU": pytest.approx((0.9 + 0.5 + 0.1) / 4),
+        "oIoU": pytest.approx(101 / 135),
+        "Pr@0.5": 0.5,
+        "Pr@0.6": 0.25,
+        "Pr@0.7": 0.25,
+        "Pr@0.8": 0.25,
+        "Pr@0.9": 0.25,
+    }
+
+
+@pytest.mark.parametrize("level", PRECISION_AT)
+@pytest.mark.parametrize("union", [10, 30, 70, 100_000_000_000])
+def test_an_iou_of_exactly_the_level_counts_unless_strict(level: float, union: int) -> None:
+    """Compared as integers: 0.7 * 10 and 0.3 * 3 are not what they seem in floating point."""
+    exact = union // 10 * round(level * 10)
+    name = f"Pr@{level}"
+    assert scores(ints(exact), ints(union))[name] == 1.0
+    assert scores(ints(exact), ints(union), strict=True)[name] == 0.0
+    assert scores(ints(exact - 1), ints(union))[name] == 0.0
+    assert scores(ints(exact + 1), ints(union), strict=True)[name] == 1.0
+
+
+def test_an_empty_union_counts_as_nothing_found() -> None:
+    assert iou(ints(0, 3), ints(0, 4)).tolist() == [0.0, 0.75]
+    for strict in (False, True):
+        found = scores(ints(0, 3), ints(0, 4), strict)
+        assert found["mIoU"] == 0.375
+        assert found["oIoU"] == 0.75
+        assert found["Pr@0.5"] == 0.5
+    assert set(scores(ints(0), ints(0)).values()) == {0.0}
+
+
+def test_no_expressions_at_all() -> None:
+    assert set(scores(ints(), ints()).values()) == {0.0}
+
+
+def test_sums_do_not_overflow() -> None:
+    many = np.full(3, 2**61, np.int64) // 10
+    assert scores(many, many)["oIoU"] == 1.0
+
+
+def test_groups_are_scored_apart() -> None:
+    found = by_group(["b", "a", "b"], ints(1, 5, 3), ints(2, 5, 4))
+    assert list(found) == ["a", "b"]
+    assert found["a"] == {"count": 1, **scores(ints(5), ints(5))}
+    assert found["b"] == {"count": 2, **scores(ints(1, 3), ints(2, 4))}
+    strict = by_group(["a"], ints(1), ints(2), strict=True)
+    assert strict["a"]["Pr@0.5"] == 0.0
+
+
+def correlated(images: int = 60, each: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every expression of an image has that image's difficulty: ten of them tell little more than one."""
+    random = np.random.default_rng(4)
+    ids = np.repeat(np.arange(images), each)
+    union = random.integers(80, 120, len(ids))
+    return (union * random.random(images)[ids]).astype(np.int64), union, ids
+
+
+def test_intervals_hold_the_estimate_and_are_wider_where_images_are_alike_inside() -> None:
+    intersection, union, ids = correlated()
+    point = scores(intersection, union)
+    by_image = bootstrap_intervals(intersection, union, ids, samples=400, seed=0)
+    independent = bootstrap_intervals(intersection, union, np.arange(len(ids)), samples=400, seed=0)
+    assert set(by_image) == {"mIoU", "oIoU"}
+    for name in by_image:
+        low, high = by_image[name]
+        assert 0 <= low < point[name] < high <= 1
+        assert high - low > 2 * (independent[name][1] - independent[name][0])
+    # Sixty images of uniform difficulty: the standard error of their mean is known.
+    expected = 2 * 1.96 * iou(intersection, union)[::10].std() / np.sqrt(60)
+    assert by_image["mIoU"][1] - by_image["mIoU"][0] == pytest.approx(expected, rel=0.15)
+
+
+def test_intervals_depend_on_the_seed_alone() -> None:
+    data = correlated()
+    assert bootstrap_intervals(*data, samples=50, seed=3) == bootstrap_intervals(*data, samples=50, seed=3)
+    assert bootstrap_intervals(*data, samples=50, seed=3) != bootstrap_intervals(*data, samples=50, seed=4)
+
+
+def test_a_wider_level_gives_a_wider_interval() -> None:
+    data = correlated()
+    narrow, wide = (bootstrap_intervals(*data, samples=400, seed=0, level=level)["mIoU"] for level in (0.5, 0.99))
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_one_image_has_no_spread() -> None:
+    found = bootstrap_intervals(ints(1, 3), ints(4, 4), ints(7, 7), samples=20, seed=0)
+    assert found == {"mIoU": (0.5, 0.5), "oIoU": (0.5, 0.5)}
+
+
+def test_the_named_protocols_are_those_of_the_papers() -> None:
+    assert {
+        "ours": Protocol("ours", "all", "sent", 0.5, "original", False),
+        "cris": Protocol("cris", "all", "sent", 0.35, "original", True),
+        "cris_val": Protocol("cris_val", "first", "sent", 0.35, "original", True),
+        "lavt": Protocol("lavt", "all", "raw", 0.5, 480, False),
+    } == PROTOCOLS

@@ -1,0 +1,241 @@
+"""What a downstream team uses: any kind of image in, masks at its own size out, and errors that help."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, Tiny
+from PIL import Image
+from torch import nn
+
+from ris_core.data import masks
+from ris_core.data.dataset import ShardStore
+from ris_core.data.shards import load_image
+from ris_core.errors import DataError, WeightsError
+from ris_core.evaluation.evaluator import evaluate, queries_of
+from ris_core.evaluation.metrics import PROTOCOLS
+from ris_core.models.clip import load_saved_clip
+from ris_core.models.systems import build_model, export_model
+from ris_core.predictor import Prediction, RISPredictor, read_image
+
+TEXTS = ["the red star", "left", "the large blue ring next to the star"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    model = build_model("cris", tiny.params().cris, load_saved_clip(tiny.clip))
+    with torch.no_grad():  # spread the answers of the untrained model around the threshold
+        model.get_parameter("proj.txt.weight").mul_(4)
+    place = tmp_path_factory.mktemp("model")
+    export_model(
+        place, "cris", model.state_dict(), tiny.params().cris, tiny.clip, {"word_len": 12, "image_size": IMAGE_SIZE}
+    )
+    return place
+
+
+@pytest.fixture
+def predictor(folder: Path) -> RISPredictor:
+    return RISPredictor.from_folder(folder)
+
+
+@pytest.fixture
+def picture(tiny: Tiny) -> Path:
+    record = next(record for record in tiny.records() if record.height != record.width)
+    return tiny.raw / record.file_name
+
+
+def same(one: list[Prediction], other: list[Prediction]) -> bool:
+    return all(
+        a.score == b.score and (a.mask == b.mask).all() and (a.probability == b.probability).all()
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_any_kind_of_image_gives_the_same_answer(predictor: RISPredictor, picture: Path) -> None:
+    answers = []
+    for image in (picture, str(picture), picture.read_bytes(), load_image(picture), Image.open(picture)):
+        predictor.set_image(image)
+        answers.append(predictor.predict(TEXTS))
+    assert all(same(answers[0], other) for other in answers[1:])
+    height, width = load_image(picture).shape[:2]
+    assert height != width
+    for one in answers[0]:
+        assert one.mask.shape == one.probability.shape == (height, width)
+        assert one.mask.dtype == bool
+        assert (one.mask == (one.probability > 0.5)).all()
+    assert any(0 < one.mask.mean() < 1 for one in answers[0])
+    assert not (answers[0][0].probability == answers[0][1].probability).all(), "the text matters"
+
+
+def test_the_score_is_the_mean_probability_inside(predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    for one in predictor.predict(TEXTS):
+        expected = one.probability[one.mask].mean() if one.mask.any() else 0.0
+        assert one.score == pytest.approx(float(expected))
+        assert isinstance(one.score, float)
+
+
+def test_one_image_and_many_expressions_equal_one_by_one(predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    together = predictor.predict(TEXTS)
+    for text, one in zip(TEXTS, together, strict=True):
+        (alone,) = predictor.predict([text])
+        assert np.abs(alone.probability - one.probability).max() < 1e-5
+        predictor.set_image(picture)
+        (fresh,) = predictor.predict([text])
+        assert same([fresh], [alone])
+
+
+def test_an_image_is_encoded_once(
+    predictor: RISPredictor, picture: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    encode = predictor.model.encode_image
+    monkeypatch.setattr(predictor.model, "encode_image", lambda images: calls.append(images) or encode(images))
+    predictor.set_image(picture)
+    for text in TEXTS:
+        predictor.predict([text])
+    predictor.predict(TEXTS)
+    assert len(calls) == 1
+
+
+def test_run_lengths_decode_to_the_mask(predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    for one in predictor.predict(TEXTS):
+        height, width = one.rle["size"]
+        assert (masks.decode(one.rle["counts"], height, width) == one.mask).all()
+
+
+def test_the_threshold_can_be_chosen(folder: Path, predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    (low,), (high,) = predictor.predict(TEXTS[:1], threshold=0.2), predictor.predict(TEXTS[:1], threshold=0.8)
+    assert (low.mask == (low.probability > 0.2)).all()
+    assert low.mask.sum() > high.mask.sum()
+    (nothing,) = predictor.predict(TEXTS[:1], threshold=2.0)
+    assert (nothing.mask.any(), nothing.score) == (False, 0.0)
+    own = RISPredictor.from_folder(folder, threshold=0.2)
+    own.set_image(picture)
+    assert same(own.predict(TEXTS[:1]), [low])
+
+
+def test_it_sees_what_the_evaluator_sees(predictor: RISPredictor, tiny: Tiny) -> None:
+    """The same model scores the same areas on shards as on the files the shards were made of."""
+    store = ShardStore(tiny.shards)
+    queries = queries_of(store, "val", PROTOCOLS["ours"])
+    table = evaluate(predictor.model, store, queries, PROTOCOLS["ours"], word_len=12, split="val").to_pylist()
+    for query, row in list(zip(queries, table, strict=True))[::5]:
+        predictor.set_image(tiny.raw / store.row(query.image)["file_name"])
+        (one,) = predictor.predict([query.text])
+        assert abs(int(one.mask.sum()) - row["area"]) <= 8, "only pixels at the threshold may differ"
+        assert one.score == pytest.approx(row["score"], abs=2e-3)
+
+
+def test_without_an_image_there_is_no_answer(predictor: RISPredictor) -> None:
+    with pytest.raises(DataError, match=r"no image is set: call set_image\(\.\.\.\) before predict"):
+        predictor.predict(TEXTS)
+
+
+def test_after_a_bad_image_the_one_before_is_forgotten(predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    with pytest.raises(DataError):
+        predictor.set_image(b"no image")
+    with pytest.raises(DataError, match="no image is set"):
+        predictor.predict(TEXTS)
+
+
+@pytest.mark.parametrize("texts", [["star", "  "], [""], [], "the red star", ["star", None]])
+def test_expressions_must_say_something(texts: list[str], predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    with pytest.raises(DataError, match="expressions must be a list of non-blank texts; got ") as caught:
+        predictor.predict(texts)
+    assert repr(texts) in str(caught.value)
+
+
+def test_long_expressions_are_cut_not_refused(predictor: RISPredictor, picture: Path) -> None:
+    predictor.set_image(picture)
+    (one,) = predictor.predict(["the red star " * 40])
+    assert np.isfinite(one.probability).all()
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no image at .*nowhere\.jpg"):
+        read_image(tmp_path / "nowhere.jpg")
+
+
+def test_what_is_no_image(tmp_path: Path, picture: Path) -> None:
+    text = tmp_path / "page.jpg"
+    text.write_text("<html>404</html>")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(picture.read_bytes()[:-500])
+    broken = tmp_path / "broken.png"
+    Image.new("RGB", (9, 9)).save(broken)
+    content = bytearray(broken.read_bytes())
+    content[37:41] = b"\xff\xff\xff\xff"  # the length of a chunk: Pillow raises SyntaxError for it
+    broken.write_bytes(content)
+    for path in (text, cut, broken, tmp_path):
+        with pytest.raises(DataError, match="not an image that can be decoded") as caught:
+            read_image(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(DataError, match=r"8 bytes: not an image that can be decoded .*; give a JPEG or PNG"):
+        read_image(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((4, 5, 3), np.float32), r"float32 \(4, 5, 3\)"),
+        (np.zeros((4, 5), np.uint8), r"uint8 \(4, 5\)"),
+        (np.zeros((3, 4, 5), np.uint8), r"uint8 \(3, 4, 5\)"),
+        (np.zeros((4, 5, 4), np.uint8), r"uint8 \(4, 5, 4\)"),
+    ],
+)
+def test_wrong_arrays_are_described(array: np.ndarray, found: str) -> None:
+    with pytest.raises(DataError, match=rf"an image array must be uint8 \(H, W, 3\) RGB; got {found}"):
+        read_image(array)
+
+
+@pytest.mark.parametrize("image", [None, 3, ["a.jpg"]])
+def test_other_things_are_no_images(image: object) -> None:
+    with pytest.raises(DataError, match="an image is a path, encoded bytes, an array or a PIL image; got "):
+        read_image(image)  # type: ignore[arg-type]
+
+
+def test_grey_palette_and_transparent_images_become_rgb() -> None:
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        buffer = io.BytesIO()
+        picture = Image.new(mode, (6, 4))
+        picture.save(buffer, "TIFF")
+        assert read_image(buffer.getvalue()).shape == (4, 6, 3)
+        assert read_image(picture).dtype == np.uint8
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="holds no model"):
+        RISPredictor.from_folder(tmp_path)
+
+
+def test_the_models_own_resampling_is_used(tmp_path: Path, tiny: Tiny, folder: Path, picture: Path) -> None:
+    model = build_model("cris", tiny.params().cris, load_saved_clip(tiny.clip))
+    info = {"word_len": 12, "image_size": IMAGE_SIZE, "resample": "exact"}
+    export_model(tmp_path, "cris", model.state_dict(), tiny.params().cris, tiny.clip, info)
+    assert RISPredictor.from_folder(tmp_path).resample == "exact"
+    assert RISPredictor.from_folder(folder).resample == "opencv4"
+    seen: list[torch.Tensor] = []
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(1))
+
+        def encode_image(self, images: torch.Tensor) -> None:
+            seen.append(images)
+
+    for mode in ("exact", "opencv4"):
+        RISPredictor(Looking(), IMAGE_SIZE, 12, resample=mode).set_image(picture)  # type: ignore[arg-type]
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.allclose(seen[0], seen[1], atol=1.0)
