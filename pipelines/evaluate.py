@@ -39,10 +39,11 @@ def main(
 
     name = check_names(dataset, system)
     chosen = params()
-    if chosen.evaluate.shuffled_split is not None:
-        name.check_split(chosen.evaluate.shuffled_split)
+    for split in (*(chosen.evaluate.splits or ()), chosen.evaluate.shuffled_split):
+        if split is not None:
+            name.check_split(split)
     store = ShardStore(paths.shards(dataset))
-    splits = [name.check_split(split) for split in chosen.evaluate.splits or sorted_splits(store.manifest["splits"])]
+    splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
     tables = score(
         chosen, paths.model(system, dataset), paths.shards(dataset), jobs(protocols, splits, chosen.evaluate)

@@ -156,7 +156,9 @@ def draw(data: Captions, params: ClipParams, step: int) -> tuple[np.ndarray, np.
     count against each other although both are right, occur once.
     """
     random = np.random.default_rng([params.seed, step])
-    images = random.choice(np.unique(data.scene_image), min(params.scenes_per_step, len(np.unique(data.scene_image))), False)
+    images = random.choice(
+        np.unique(data.scene_image), min(params.scenes_per_step, len(np.unique(data.scene_image))), False
+    )
     scenes = random.permutation(np.flatnonzero(np.isin(data.scene_image, images)))
     scenes = scenes[_first(data.scene_image[scenes])]
     scenes = scenes[_first([data.scene_text[i] for i in scenes])]

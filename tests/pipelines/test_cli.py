@@ -10,8 +10,8 @@ from pipelines_world import Workplace, python
 
 from pipelines import cli
 
-VERBS = "synthesize prepare preprocess pretrain-clip train evaluate register report predict".split()
-HEAVY = "torch torchvision ray mlflow pandas numpy pyarrow open_clip matplotlib".split()
+VERBS = ["synthesize", "prepare", "preprocess", "pretrain-clip", "train", "evaluate", "register", "report", "predict"]
+HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP_ALL = f"""
 import sys
 from pipelines.cli import app
@@ -56,7 +56,10 @@ def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["synthesize", "--dataset", "squares"], "no embedded dataset 'squares': choose one of shapes, shapes+, shapesg"),
+        (
+            ["synthesize", "--dataset", "squares"],
+            "no embedded dataset 'squares': choose one of shapes, shapes+, shapesg",
+        ),
         (["prepare", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
         (["preprocess", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
         (["preprocess", "--dataset", "shapes"], "shapes.parquet: no such records file; the stage `prepare` writes it"),
@@ -66,11 +69,17 @@ def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> 
         (["evaluate", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'"),
         (["evaluate", "--system", "cris", "--dataset", "shapes"], "run the preprocess stage for this dataset first"),
         (["register", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'"),
-        (["register", "--system", "cris", "--dataset", "shapes"], "models/cris-shapes holds no model: model.json, model."),
+        (
+            ["register", "--system", "cris", "--dataset", "shapes"],
+            "models/cris-shapes holds no model: model.json, model.",
+        ),
         (["report"], "results/evaluate has no scores yet: run the evaluate stage first"),
         (["predict", "x.jpg", "the star"], "models/cris-shapes holds no model: model.json, model.safetensors missing"),
         (["predict", "x.jpg", "the star", "--out", "mask.tiff"], "--out mask.tiff: give a .png or .jpg file"),
-        (["predict", "x.jpg", "the star", "--out", "no/where.png"], "--out no/where.png: give a .png or .jpg file in a"),
+        (
+            ["predict", "x.jpg", "the star", "--out", "no/where.png"],
+            "--out no/where.png: give a .png or .jpg file in a",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_message(
@@ -97,9 +106,7 @@ def test_evaluation_without_a_model_is_told_before_ray_starts(
     assert (code, "models/cris-shapes holds no model" in shown) == (1, True)
 
 
-def test_no_parameter_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_parameter_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     code, shown = ris("prepare", "--dataset", "shapes", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1

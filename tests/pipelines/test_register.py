@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
-from pipelines_world import Workplace
 from PIL import Image
+from pipelines_world import Workplace
 
+import mlflow
 from pipelines import files, fingerprint, register, tracking
 from ris_core.data import masks
 from ris_core.errors import ConfigError, DataError
@@ -97,8 +97,9 @@ def test_a_version_carries_its_lineage(
     client = tracking.connect()
     version = client.get_model_version_by_alias(NAME, "champion")
     info = json.loads((workplace.trained / "model.json").read_text())["info"]
-    assert version.tags == {
-        **{"protocol": "ours", "split": "val", "metric": "mIoU", "score": "0.41000", "git_commit": "abc"},
+    scored = {"protocol": "ours", "split": "val", "metric": "mIoU", "score": "0.41000"}
+    assert version.tags == scored | {
+        "git_commit": "abc",
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
         "weights_sha256": fingerprint.file_digest(workplace.trained / "model.safetensors"),
@@ -135,11 +136,11 @@ def test_the_same_weights_are_registered_once_and_in_the_run_that_trained_them(
 
 def test_what_evaluate_did_not_leave_is_told(workplace: Workplace, store: Path) -> None:
     workplace.link("model")
-    with pytest.raises(DataError, match="metrics.json does not exist: run the evaluate stage"):
+    with pytest.raises(DataError, match=r"metrics.json does not exist: run the evaluate stage"):
         register.main("cris", "shapes")
     evaluated(workplace)
     workplace.set(register={"split": "testB"})
-    with pytest.raises(ConfigError, match="register.split is 'testB', but only val, testA were evaluated"):
+    with pytest.raises(ConfigError, match=r"register.split is 'testB', but only val, testA were evaluated"):
         register.main("cris", "shapes")
     assert not (workplace.root / "results/register").exists()
 

@@ -229,7 +229,7 @@ def test_bf16_autocast_stays_close_and_answers_in_float32(model: CRIS) -> None:
 
 def tiny(**options: Any) -> CRIS:
     torch.manual_seed(0)
-    config: dict[str, Any] = {"vis_dim": 128, "fpn_out": (32, 128, 64), "num_layers": 2, "num_heads": 4, "ffn_dim": 64}
+    config: dict[str, Any] = {"vis_dim": 64, "fpn_out": (32, 64, 48), "num_layers": 2, "num_heads": 4, "ffn_dim": 64}
     return CRIS.build(build_clip("tiny_rn"), CRISConfig(**{**config, **options}))
 
 
@@ -370,7 +370,7 @@ def test_all_contradictions_of_a_configuration_are_listed() -> None:
 
 
 def test_a_clip_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="vis_dim is 512, but the CLIP's text is 128 wide"):
+    with pytest.raises(ConfigError, match="vis_dim is 512, but the CLIP's text is 64 wide"):
         CRIS(build_clip("tiny_rn"), CRISConfig())
     with (
         torch.device("meta"),
