@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ris_core.errors import ClusterError
@@ -40,8 +41,7 @@ def connected(**init: Any) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    for name in ("ray.data", "ray.train"):  # their INFO lines tell of internals; the stages report their own progress
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # INFO tells of internals; the stages report their progress
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return
@@ -76,6 +76,15 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
             f"the cluster is too small: {'; '.join(lacking)}. "
             "Ask for less in the section `cluster` of params.yaml, or add nodes"
         )
+
+
+def data() -> ModuleType:
+    """The module `ray.data`, without its INFO lines, and with progress bars only where somebody watches."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    return ray.data
 
 
 def has_gpu(wish: str) -> bool:

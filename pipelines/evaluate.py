@@ -113,17 +113,17 @@ def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]
         pieces += [{**job, "first": first, "last": min(first + PIECE, count)} for first in range(0, count, PIECE)]
     with cluster.connected():
         import pyarrow.compute as pc
-        import ray.data
 
         use_gpu = cluster.has_gpu(params.cluster.use_gpu)
         cluster.check_resources(1, 1, int(use_gpu))
         arguments = (str(model.absolute()), str(shards.absolute()), params.evaluate.images_per_batch, use_gpu)
-        rows = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+        data = cluster.data()
+        rows = data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
             Scorer,
             fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(params.cluster.evaluate_actors, len(pieces))),
+            compute=data.ActorPoolStrategy(size=min(params.cluster.evaluate_actors, len(pieces))),
             num_cpus=1,
             num_gpus=1 if use_gpu else 0,
         )

@@ -104,10 +104,7 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """`write` over all tasks by Ray Data: each task writes its own file and returns its manifest entry."""
     with cluster.connected():
-        import ray.data
-
-        ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
-        rows = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        rows = cluster.data().from_items(tasks, override_num_blocks=len(tasks))
         return [json.loads(row["entry"]) for row in rows.map(write).take_all()]
 
 

@@ -76,6 +76,13 @@ class Workplace:
         return python("-m", f"pipelines.{verb}", *arguments, cwd=self.root, **environment)
 
 
+def open_workplace(root: Path, tiny: Tiny, trained: Path) -> Workplace:
+    """An empty directory with the small world's parameters."""
+    root.mkdir()
+    shutil.copy(tiny.params_file, root / "params.yaml")
+    return Workplace(root, tiny, trained)
+
+
 def export_untrained(tiny: Tiny, folder: Path) -> None:
     """A model folder as stage `train` leaves it, with random weights."""
     import torch

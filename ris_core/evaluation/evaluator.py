@@ -165,11 +165,11 @@ def _score_image(
         size = (int(protocol.resolution), int(protocol.resolution))
         full = F.interpolate(full[None], size, mode="bilinear", align_corners=False)[0]
         truth = F.interpolate(truth[None], size, mode="nearest")[0]
-    predicted = full > protocol.threshold
+    predicted, truth = (full > protocol.threshold).float().flatten(1), truth.float().flatten(1)
     overlap, covered = pairwise_overlap(predicted, truth)
-    area = predicted.flatten(1).sum(1)
-    confidence = (full * predicted).flatten(1).sum(1) / area.clamp(min=1)
-    among, together = pairwise_overlap(truth.bool(), truth)
+    area = predicted.sum(1).long()
+    confidence = (full.flatten(1) * predicted).sum(1) / area.clamp(min=1)
+    among, together = pairwise_overlap(truth, truth)
     values = [tensor.cpu().numpy() for tensor in (overlap, covered, area, confidence, among, together)]
     ann_ids = [o["ann_id"] for o in objects]
     return [
@@ -203,7 +203,7 @@ def _row(
 
 
 def pairwise_overlap(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intersections and unions, int64 (N, M), of two stacks of masks (N, H, W) and (M, H, W)."""
+    """Intersections and unions, int64 (N, M), of two stacks of masks of 0 and 1, (N, ...) and (M, ...) of equal size."""
     a, b = first.flatten(1).float(), second.flatten(1).float()
     intersection = (a @ b.T).round().long()  # exact: pixel counts stay far below 2^24
     return intersection, a.sum(1).long()[:, None] + b.sum(1).long()[None] - intersection

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pipelines_world import Workplace, export_untrained
+from pipelines_world import Workplace, export_untrained, open_workplace
 
 if TYPE_CHECKING:
     from conftest import Tiny
@@ -24,9 +24,7 @@ def untrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(tiny: Tiny, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     """An empty directory with params.yaml, which is the working directory during the test."""
-    place = Workplace(tmp_path / "workplace", tiny, untrained)
-    place.root.mkdir()
-    shutil.copy(tiny.params_file, place.root / "params.yaml")
+    place = open_workplace(tmp_path / "workplace", tiny, untrained)
     monkeypatch.chdir(place.root)
     return place
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURE, Tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ris_core.errors import ConfigError, WeightsError
@@ -111,6 +112,19 @@ def test_weights_of_another_configuration_are_refused(folder: Path, tiny: Tiny) 
     with pytest.raises(WeightsError, match=r"does not fit the model\.json beside it") as caught:
         load_model(changed(folder, config=config))
     assert "decoder.layers.0.ffn.0.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus"])
+def test_every_weight_must_be_there_and_no_other(change: str, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    if change == "missing":
+        del weights["proj.txt.bias"]
+    else:
+        weights["proj.txt.other"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"does not fit the model\.json beside it") as caught:
+        load_model(folder)
+    assert ("proj.txt.bias" if change == "missing" else "proj.txt.other") in str(caught.value)
 
 
 def test_unknown_options_of_a_newer_version_are_refused(folder: Path, tiny: Tiny) -> None:

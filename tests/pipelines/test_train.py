@@ -1,0 +1,263 @@
+"""Stage `train` under Ray Train: the library's own weights, with several workers, after a killed one, and only once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pipelines_world import DATASET, SYSTEM, Workplace, open_workplace, python
+from safetensors.torch import load_file
+
+from pipelines import fingerprint, paths, tracking, train
+from ris_core.errors import ClusterError, ConfigError
+from ris_core.models.systems import load_model
+from ris_core.training.run import make_trainer
+from ris_core.training.runtime import LocalRuntime
+
+if TYPE_CHECKING:
+    from conftest import Tiny
+
+MODEL = paths.model(SYSTEM, DATASET)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One undisturbed run of the stage."""
+
+    place: Workplace
+    run_id: str
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.place.root / MODEL / "model.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_get_this_code(ray_session: None) -> Iterator[None]:
+    """Ray's workers cannot import a test module: what is defined here travels to them whole."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny: Tiny, untrained: Path, migrated_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("train")
+    place = open_workplace(folder / "workplace", tiny, untrained)
+    place.link("shards", "clip")
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place.root)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        train.main(SYSTEM, DATASET)
+        _, info = load_model(MODEL)
+        yield Finished(place, info["mlflow_run"])
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.allclose(first[name], second[name], rtol=0, atol=1e-6) for name in first)
+
+
+def rows(place: Path) -> list[dict[str, float]]:
+    with (place / "history.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.ray
+def test_the_stage_ends_with_the_weights_of_a_plain_process(finished: Finished, tiny: Tiny, tmp_path: Path) -> None:
+    plain = make_trainer(tiny.params(), SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path, "cpu"))
+    position = plain.fit()
+    assert plain.best is not None
+    assert same_weights(finished.weights, plain.best)
+    fresh = make_trainer(tiny.params(), SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path / "fresh", "cpu"))
+    assert not same_weights(finished.weights, fresh.model.state_dict())  # it did learn something
+    history = rows(finished.place.root / paths.training(SYSTEM, DATASET))
+    assert history == [pytest.approx(row, abs=1e-6) for row in position.history]
+    metrics = json.loads((finished.place.root / paths.training(SYSTEM, DATASET) / "metrics.json").read_text())
+    assert metrics == {"best_epoch": position.best_epoch, **history[position.best_epoch - 1]}
+
+
+@pytest.mark.ray
+def test_the_model_folder_tells_where_it_came_from(finished: Finished, tiny: Tiny) -> None:
+    model, info = load_model(finished.place.root / MODEL)
+    assert not model.training
+    assert (info["system"], info["dataset"], info["image_size"], info["word_len"]) == (SYSTEM, DATASET, 64, 12)
+    assert info["data_digest"] == fingerprint.file_digest(tiny.shards / "manifest.json")
+    assert info["clip_digest"] == fingerprint.file_digest(tiny.clip / "clip.safetensors")
+    left = {Path(file).parts[0] for file in finished.place.files()}
+    assert left == {"models", "results", "runs"}
+    assert not [file for file in finished.place.files() if "partial" in file or file.endswith(".tmp")]
+
+
+@pytest.mark.ray
+def test_the_run_is_recorded_in_mlflow(finished: Finished) -> None:
+    client = tracking.connect()
+    run = client.get_run(finished.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name.startswith("train-cris-shapes-")
+    assert (finished.place.root / "runs" / run.info.run_name).is_dir()  # the checkpoints bear the same name
+    assert {"train.epochs": "2", "cris.vis_dim": "32", "preprocess.image_size": "64"}.items() <= run.data.params.items()
+    assert run.data.tags["ris.system"] == SYSTEM
+    history = client.get_metric_history(finished.run_id, "val/mIoU")
+    assert [metric.step for metric in history] == [3, 6]  # steps of the optimiser
+    assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == [DATASET]
+
+
+def worker_that_may_not_train(config: dict[str, Any]) -> None:
+    from ris_core.training.loop import Trainer
+
+    def step(self: Trainer, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
+        raise AssertionError(f"step {global_step} was trained again")
+
+    Trainer._step = step  # type: ignore[method-assign]
+    train.train_worker(config)
+
+
+@pytest.mark.ray
+def test_the_same_inputs_do_not_train_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (finished.place.root / MODEL / "model.safetensors").read_bytes()
+    shutil.rmtree(finished.place.root / "models")  # as DVC does before it runs a stage
+    shutil.rmtree(finished.place.root / "results")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_worker", worker_that_may_not_train)
+        train.main(SYSTEM, DATASET)
+    assert (finished.place.root / MODEL / "model.safetensors").read_bytes() == before
+    assert [row["epoch"] for row in rows(finished.place.root / paths.training(SYSTEM, DATASET))] == [1, 2]
+    client = tracking.connect()
+    assert load_model(finished.place.root / MODEL)[1]["mlflow_run"] == finished.run_id
+    assert client.get_run(finished.run_id).info.status == "FINISHED"
+    assert len(client.get_metric_history(finished.run_id, "val/mIoU")) == 2
+
+
+def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[dict[str, Any]], None]:
+    """A training worker that is killed, as by the kernel, just before a step: the first time it comes there."""
+
+    def worker(config: dict[str, Any]) -> None:
+        from ris_core.training.loop import Trainer
+
+        whole = Trainer._step
+
+        def step(self: Trainer, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
+            if global_step == at_step and self.runtime.rank == rank and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(self, batch, global_step)
+
+        Trainer._step = step  # type: ignore[method-assign]
+        train.train_worker(config)
+
+    return worker
+
+
+@pytest.mark.ray
+def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
+    workplace: Workplace, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.link("shards", "clip")
+    workplace.set(cluster={"train_workers": 2, "max_failures": 1}, train={"checkpoint_every_steps": 2})
+    monkeypatch.setenv("RIS_STORAGE", str(tmp_path / "storage"))
+    marker = tmp_path / "killed"
+    monkeypatch.setattr(train, "train_worker", worker_that_dies_once(marker, rank=1, at_step=5))
+    train.main(SYSTEM, DATASET)
+    assert marker.exists()
+    assert [path.name.startswith("train-cris-shapes-") for path in (tmp_path / "storage").iterdir()] == [True]
+    assert not (workplace.root / "runs").exists()
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ris_core.training.run")
+    inputs = ("--shards", str(paths.shards(DATASET)), "--clip", str(paths.CLIP), "--device", "cpu")
+    done = python(*launcher, *inputs, "--out", str(tmp_path / "plain"), cwd=workplace.root)
+    assert done.returncode == 0, done.stderr
+    plain = load_file(tmp_path / "plain" / "model" / "model.safetensors")
+    assert same_weights(load_file(workplace.root / MODEL / "model.safetensors"), plain)
+    history = rows(workplace.root / paths.training(SYSTEM, DATASET))
+    state = json.loads((tmp_path / "plain" / "checkpoint" / "state.json").read_text())
+    assert history == [pytest.approx(row, abs=1e-6) for row in state["history"]]
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_too_small_is_told_instead_of_waited_for(workplace: Workplace, store: Path) -> None:
+    workplace.link("shards", "clip")
+    workplace.set(cluster={"train_workers": 3, "cpus_per_worker": 2, "use_gpu": "yes"})
+    with pytest.raises(ClusterError) as told:
+        train.main(SYSTEM, DATASET)
+    assert str(told.value).startswith("the cluster is too small: 3 x 2 CPU wanted, the cluster has 4; 3 x 1 GPU wanted")
+    assert str(told.value).endswith("Ask for less in the section `cluster` of params.yaml, or add nodes")
+    assert workplace.files() == set()
+    client = tracking.connect()
+    (run,) = client.search_runs([client.get_experiment_by_name("ris").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+class Enough(Exception):
+    """What was wanted is seen."""
+
+
+@pytest.mark.ray
+def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def fit(params: Any, system: str, dataset: str, name: str, run_id: str) -> Any:
+        seen.append((name, run_id))
+        raise Enough
+
+    def start() -> tuple[str, str]:
+        with pytest.raises(Enough):
+            train.main(SYSTEM, DATASET)
+        return seen[-1]
+
+    monkeypatch.setattr(train, "fit", fit)
+    workplace.link("shards", "clip")
+    first = start()
+    assert start() == first
+    workplace.set(cluster={"train_workers": 2}, evaluate={"bootstrap_samples": 7})
+    assert start() == first  # these do not change what is trained
+    workplace.set(train={"lr": 3e-3})
+    changed = [start()]
+    workplace.set(cris={"num_layers": 2})
+    changed.append(start())
+    manifest = workplace.own(paths.shards(DATASET)) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"part-00000', '"./part-00000'))
+    changed.append(start())
+    clip = workplace.own(paths.CLIP) / "clip.json"
+    clip.write_text(clip.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    changed.append(start())
+    assert len({first, *changed}) == 5
+    assert len({run_id for _, run_id in [first, *changed]}) == 5
+
+
+@pytest.mark.ray
+def test_an_expected_error_of_a_worker_is_shown_as_such(
+    workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train import WorkerGroupError
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.util import construct_user_exception_with_traceback
+
+    def failing(cause: Exception) -> Callable[[TorchTrainer], None]:
+        def fit(trainer: TorchTrainer) -> None:
+            raise WorkerGroupError("rank 0 failed", {0: construct_user_exception_with_traceback(cause)})
+
+        return fit
+
+    workplace.link("shards", "clip")
+    monkeypatch.setattr(TorchTrainer, "fit", failing(ConfigError("train.precision: fp16 needs a GPU")))
+    with pytest.raises(ConfigError, match=r"^train.precision: fp16 needs a GPU$"):
+        train.main(SYSTEM, DATASET)
+    monkeypatch.setattr(TorchTrainer, "fit", failing(KeyError("a mistake of ours")))
+    with pytest.raises(WorkerGroupError, match="rank 0 failed"):
+        train.main(SYSTEM, DATASET)
