@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,17 +46,35 @@ def connected(**init: Any) -> Iterator[None]:
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": {k: os.environ[k] for k in ENVIRONMENT}}}
+    handed_on = {name: os.environ[name] for name in ENVIRONMENT}
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": handed_on}}
     if address:
         settings["address"] = address
         print(f"joining the Ray cluster at {address}", file=sys.stderr)
     else:
-        settings |= {"address": "local", "include_dashboard": True, "log_to_driver": True, **init}
-    ray.init(logging_level="warning", **settings)
+        # Ray Train's watchdog asks this address whether the run's controller lives. Left to find one, it may ask another
+        # Ray of this machine, which knows nothing of the controller, and then ends the training.
+        port = _free_port()
+        handed_on["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        settings |= {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", **init}
+        settings["dashboard_port"] = port
+    try:
+        ray.init(logging_level="warning", **settings)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} (RAY_ADDRESS): {str(error).splitlines()[0]}. Start it, or unset "
+            "RAY_ADDRESS to use a private one on this machine"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def check_resources(workers: int, cpus: int, gpus: int) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import ris_core
 
+SOURCES = ("ris_core/data", "ris_core/models", "ris_core/training", "ris_core/evaluation")  # what decides a trained model
 
-def code_version(packages: tuple[str, ...] = ("ris_core/data", "ris_core/models", "ris_core/training")) -> str:
-    """Digest of the sources that decide a trained model; independent of where the repository lies."""
+
+def code_version() -> str:
+    """Digest of `SOURCES` (code and model configs); independent of where the repository lies."""
     root = Path(ris_core.__file__).parent.parent
     digest = hashlib.sha256()
-    for package in packages:
-        for source in sorted((root / package).rglob("*.py")):
+    for package in SOURCES:
+        for source in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".json")):
             digest.update(source.relative_to(root).as_posix().encode())
             digest.update(source.read_bytes())
     return digest.hexdigest()[:12]

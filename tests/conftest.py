@@ -143,5 +143,5 @@ def ray_session() -> Iterator[None]:
     """One Ray of this machine for all tests that need it; the stages join it."""
     from pipelines import cluster
 
-    with cluster.connected(num_cpus=4, include_dashboard=False, log_to_driver=False):
+    with cluster.connected(num_cpus=4, log_to_driver=False):
         yield

@@ -39,7 +39,7 @@ class CRISConfig:
     dropout: float = 0.1
     coord_levels: str = "aggregate"  # "all": X and Y at every level of the neck (not official)
     freeze_token_embedding: bool = False  # the official code means to freeze it but trains it
-    freeze_logit_scale: bool = True  # CLIP's temperature plays no part here: frozen, nothing trainable lacks a gradient
+    freeze_logit_scale: bool = True  # CLIP's temperature has no gradient here: False only stops DDP
     round_fp16: bool = False  # round CLIP's weights to fp16 as the official builder does (nothing changes for OpenAI's)
 
     def __post_init__(self) -> None:

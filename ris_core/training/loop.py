@@ -6,6 +6,7 @@ numbers are functions of the position), and goes on exactly where an interrupted
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -147,6 +148,9 @@ class Trainer:
     def _finish_epoch(self, log: Log) -> None:
         position = self.position
         weights = self.average.module if self.average is not None else self.model
+        if not math.isfinite(self.train_loss):
+            remedy = "lower train.lr, or set train.clip_grad_norm; the checkpoint before this epoch is kept"
+            raise ConfigError(f"training diverged: the loss of epoch {position.epoch + 1} is {self.train_loss}; {remedy}")
         share_buffers(weights)
         metrics = {"train/loss": self.train_loss, **self.validate(weights)}
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0

@@ -270,3 +270,12 @@ def test_auto_precision_is_full_on_a_cpu() -> None:
         assert not scaler.is_enabled()
     with precision("bf16", torch.device("cpu"))[0]:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_a_diverged_run_stops_and_keeps_what_it_had(tiny: Tiny, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), epochs=2)
+    trainer._train_epoch(lambda metrics, step: None)
+    trainer.train_loss = float("nan")
+    with pytest.raises(ConfigError, match=r"diverged: the loss of epoch 1 is nan; lower train\.lr"):
+        trainer._finish_epoch(lambda metrics, step: None)
+    assert not (tmp_path / "checkpoint").exists()
