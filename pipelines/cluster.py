@@ -42,7 +42,9 @@ def connected(**init: Any) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # INFO tells of internals; the stages report their progress
+    logging.getLogger("ray.train").setLevel(
+        logging.WARNING
+    )  # INFO tells of internals; the stages report their progress
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return

@@ -9,7 +9,12 @@ from typing import Any
 
 import ris_core
 
-SOURCES = ("ris_core/data", "ris_core/models", "ris_core/training", "ris_core/evaluation")  # what decides a trained model
+SOURCES = (
+    "ris_core/data",
+    "ris_core/models",
+    "ris_core/training",
+    "ris_core/evaluation",
+)  # what decides a trained model
 
 
 def code_version() -> str:

@@ -150,7 +150,9 @@ class Trainer:
         weights = self.average.module if self.average is not None else self.model
         if not math.isfinite(self.train_loss):
             remedy = "lower train.lr, or set train.clip_grad_norm; the checkpoint before this epoch is kept"
-            raise ConfigError(f"training diverged: the loss of epoch {position.epoch + 1} is {self.train_loss}; {remedy}")
+            raise ConfigError(
+                f"training diverged: the loss of epoch {position.epoch + 1} is {self.train_loss}; {remedy}"
+            )
         share_buffers(weights)
         metrics = {"train/loss": self.train_loss, **self.validate(weights)}
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ris_core.config import Params
-from ris_core.errors import WeightsError
+from ris_core.errors import ConfigError, WeightsError
 from ris_core.training import loop
 from ris_core.training.checkpoint import Checkpoint
 from ris_core.training.loop import Trainer, moving_average, precision
