@@ -42,35 +42,43 @@ def connected(**init: Any) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    logging.getLogger("ray.train").setLevel(
-        logging.WARNING
-    )  # INFO tells of internals; the stages report their progress
+    # INFO tells of internals; the stages report their own progress.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return
     handed_on = {name: os.environ[name] for name in ENVIRONMENT}
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": handed_on}}
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": handed_on}, "logging_level": "warning"}
     if address:
-        settings["address"] = address
-        print(f"joining the Ray cluster at {address}", file=sys.stderr)
+        _join(address, settings)
     else:
         # Ray Train's watchdog asks this address whether the run's controller lives. Left to find one, it may ask another
         # Ray of this machine, which knows nothing of the controller, and then ends the training.
         port = _free_port()
         handed_on["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-        settings |= {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", **init}
-        settings["dashboard_port"] = port
-    try:
-        ray.init(logging_level="warning", **settings)
-    except ConnectionError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address} (RAY_ADDRESS): {str(error).splitlines()[0]}. Start it, or unset "
-            "RAY_ADDRESS to use a private one on this machine"
-        ) from error
+        dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+        ray.init(address="local", **dashboard, **settings, **init)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, settings: dict[str, Any]) -> None:
+    """Connect to a running cluster: `host:port`, `ray://host:port`, or `auto`. Raises ClusterError if there is none."""
+    import ray
+
+    print(f"joining the Ray cluster at {address}", file=sys.stderr)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host:  # Ray itself would try for many minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(address=address, **settings)
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}). Start it, or unset "
+            "RAY_ADDRESS to use a private one on this machine"
+        ) from error
 
 
 def _free_port() -> int:

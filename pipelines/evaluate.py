@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ris_core.evaluation.evaluator import Query
     from ris_core.evaluation.metrics import Protocol
 
+CONTROLS = ("shuffled_in_image", "shuffled_across")  # sentences exchanged within an image, and over the whole split
 PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly busy
 
 
@@ -56,10 +57,12 @@ def main(
                 table = tables[f"{protocol.name}/{split}"]
                 metrics.setdefault(protocol.name, {})[split] = summary(table, protocol, chosen.evaluate)
                 pq.write_table(table, folder / f"{protocol.name}-{split}.parquet")
-    if "shuffled" in tables:
-        shuffled = summary(tables["shuffled"], protocols[0], chosen.evaluate)
+    for control in CONTROLS:
+        if control not in tables or not tables[control].num_rows:  # no image has two referents in this split
+            continue
+        shuffled = summary(tables[control], protocols[0], chosen.evaluate)
         part = metrics[protocols[0].name][chosen.evaluate.shuffled_split]
-        part["shuffled"] = {name: shuffled[name] for name in ("mIoU", "oIoU")}
+        part[control] = {name: shuffled[name] for name in ("mIoU", "oIoU")}
     out = paths.evaluation(system, dataset)
     files.write_json(out / "protocols.json", {p.name: asdict(p) for p in protocols})
     first = f"{protocols[0].name}/{splits[0]}"
@@ -80,15 +83,15 @@ def sorted_splits(known: Iterable[str]) -> list[str]:
 
 
 def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams) -> list[dict[str, Any]]:
-    """What is to be scored: each protocol on each split, and the shuffled control under the first protocol."""
+    """What is to be scored: each protocol on each split, and the shuffled controls under the first protocol."""
     found = [
-        {"job": f"{protocol.name}/{split}", "protocol": protocol.name, "split": split, "shuffle_seed": -1}
+        {"job": f"{protocol.name}/{split}", "protocol": protocol.name, "split": split, "seed": params.seed}
         for protocol in protocols
         for split in splits
     ]
     if params.shuffled_split in splits:
-        control = {"protocol": protocols[0].name, "split": params.shuffled_split, "shuffle_seed": params.seed}
-        found.append({"job": "shuffled", **control})
+        common = {"protocol": protocols[0].name, "split": params.shuffled_split, "seed": params.seed}
+        found += [{"job": control, **common} for control in CONTROLS]
     return found
 
 
@@ -135,12 +138,13 @@ def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]
 
 
 def job_queries(store: Any, job: dict[str, Any]) -> list[Query]:
-    """All expressions of a job, grouped by image; the control's sentences are shuffled over the whole split."""
-    from ris_core.evaluation.evaluator import queries_of, shuffled
+    """All expressions of a job, grouped by image; a control's sentences are exchanged among referents."""
+    from ris_core.evaluation.evaluator import queries_of, shuffled, swapped
     from ris_core.evaluation.metrics import PROTOCOLS
 
     queries = queries_of(store, job["split"], PROTOCOLS[job["protocol"]])
-    return queries if job["shuffle_seed"] < 0 else shuffled(queries, job["shuffle_seed"])
+    control = {"shuffled_in_image": swapped, "shuffled_across": shuffled}.get(job["job"])
+    return control(queries, job["seed"]) if control else queries
 
 
 class Scorer:
@@ -220,8 +224,9 @@ def headline(protocol: str, split: str, part: dict[str, Any]) -> str:
     line = f"{protocol:9s} {split:6s} mIoU {part['mIoU']:.3f} [{low:.3f}, {high:.3f}]  oIoU {part['oIoU']:.3f}  "
     line += f"Pr@0.5 {part['Pr@0.5']:.3f}  right object {part['right_object']:.3f}  "
     line += f"random object {part['random_object']['mIoU']:.3f} / {part['random_object']['oIoU']:.3f}"
-    if "shuffled" in part:
-        line += f"  shuffled {part['shuffled']['mIoU']:.3f}"
+    for control in CONTROLS:
+        if control in part:
+            line += f"  {control} {part[control]['mIoU']:.3f}"
     return line
 
 

@@ -81,7 +81,7 @@ class RISPredictor:
         index = torch.zeros(len(tokens), dtype=torch.long, device=self.device)
         logits = self.model.segment(self._features, tokens.to(self.device), index)  # type: ignore[operator]
         probabilities = logits.float().sigmoid()[:, 0]
-        full = unletterbox(probabilities, *self._size, self.image_size, self.resample).cpu().numpy()
+        full = unletterbox(probabilities, *self._size, self.image_size, self.resample, "grid").cpu().numpy()
         chosen = self.threshold if threshold is None else threshold
         predictions = []
         for probability in full:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +21,7 @@ from pipelines import fingerprint, paths
 from ris_core.config import Params, load_params
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
 REPOSITORY = Path(__file__).parent.parent
 SYSTEM, DATASET = "cris", "shapes"
@@ -103,6 +107,33 @@ def export_untrained(tiny: Tiny, folder: Path) -> None:
     }
     folder.mkdir(parents=True)
     export_model(folder, SYSTEM, weights, params.cris, tiny.clip, info)
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Like `python`, but only started, in a process group of its own, which is killed at the end of the block."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 180) -> None:
+    """Return as soon as `what()` holds, while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, f"the process ended by itself ({process.returncode})"
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

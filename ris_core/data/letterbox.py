@@ -26,6 +26,7 @@ CUBIC_A = -0.75
 
 Mode = Literal["opencv4", "exact"]
 Kernel = Literal["linear", "cubic"]
+Upsampling = Literal["grid", "corners"]
 
 
 def letterbox_matrix(height: int, width: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,18 +76,26 @@ def letterbox_mask(mask: np.ndarray, size: int, stride: int = 1, mode: Mode = "o
 
 
 def unletterbox(
-    probabilities: torch.Tensor, height: int, width: int, size: int, mode: Mode = "opencv4"
+    probabilities: torch.Tensor,
+    height: int,
+    width: int,
+    size: int,
+    mode: Mode = "opencv4",
+    upsampling: Upsampling = "corners",
 ) -> torch.Tensor:
     """Maps (N, h, w) on the letterbox square -> float32 (N, height, width) on the original image, on the same device.
 
-    CRIS upsamples the map to `size` (bicubic, align_corners=True) and warps it back (cubic, border 0). Both steps are
-    linear and separable, so they are two small matrices here: rows @ map @ columns^T. Values overshoot [0, 1] a little,
-    as the official ones do; threshold with `> 0.35` for CRIS.
+    The map is upsampled to `size` (bicubic) and warped back (cubic, border 0). Both steps are linear and separable, so
+    they are two small matrices here: rows @ map @ columns^T. Values overshoot [0, 1] a little; threshold with `>`.
+
+    `upsampling` says where cell i of the map lies. "corners" is CRIS' (align_corners=True): cell i at pixel
+    i * (size - 1) / (h - 1). But its target was sampled at pixel i * size / h, so that masks come out stretched, by 3
+    pixels at the far edges for a stride of 4: nothing at 416 pixels, a lot at 128. "grid" puts cells where they were sampled.
     """
     if probabilities.ndim != 3 or not probabilities.is_floating_point():
         raise DataError(f"expected float maps (N, h, w), got {tuple(probabilities.shape)} {probabilities.dtype}")
     grid = (probabilities.shape[1], probabilities.shape[2])
-    rows, columns = _inverse_matrices(height, width, size, grid, mode, probabilities.device)
+    rows, columns = _inverse_matrices(height, width, size, grid, mode, upsampling, probabilities.device)
     maps = probabilities.float()
     with torch.autocast(maps.device.type, enabled=False):
         if height * grid[1] <= width * grid[0]:
@@ -216,12 +225,16 @@ def _canvas(side: int, border: tuple[int, ...]) -> torch.Tensor:
 
 @lru_cache(maxsize=512)
 def _inverse_matrices(
-    height: int, width: int, size: int, grid: tuple[int, int], mode: Mode, device: torch.device
+    height: int, width: int, size: int, grid: tuple[int, int], mode: Mode, upsampling: Upsampling, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 (height, h) and (width, w): the way back from a (h, w) grid over the square to the original pixels."""
     line_y, line_x = _source_lines(letterbox_matrix(height, width, size)[1])
-    rows = _inverse_matrix(_taps(line_y, height, 1, size, "cubic", mode), height, _upsampling(grid[0], size))
-    columns = _inverse_matrix(_taps(line_x, width, 1, size, "cubic", mode), width, _upsampling(grid[1], size))
+    rows = _inverse_matrix(
+        _taps(line_y, height, 1, size, "cubic", mode), height, _upsampling(grid[0], size, upsampling)
+    )
+    columns = _inverse_matrix(
+        _taps(line_x, width, 1, size, "cubic", mode), width, _upsampling(grid[1], size, upsampling)
+    )
     return rows.float().to(device), columns.float().to(device)
 
 
@@ -233,8 +246,15 @@ def _inverse_matrix(taps: _Taps, n_out: int, upsampling: torch.Tensor) -> torch.
 
 
 @lru_cache(maxsize=32)
-def _upsampling(n_source: int, n_out: int) -> torch.Tensor:
-    """Bicubic upsampling (align_corners=True) along one axis: float64 (n_out + 1, n_source), last row 0 (border)."""
-    identity = torch.eye(n_source, dtype=torch.float64)[None, None]
-    matrix = F.interpolate(identity, (n_out, n_source), mode="bicubic", align_corners=True)[0, 0]
+def _upsampling(n_source: int, n_out: int, upsampling: Upsampling) -> torch.Tensor:
+    """Bicubic upsampling along one axis: float64 (n_out + 1, n_source), last row 0 (border)."""
+    if upsampling == "corners":
+        identity = torch.eye(n_source, dtype=torch.float64)[None, None]
+        matrix = F.interpolate(identity, (n_out, n_source), mode="bicubic", align_corners=True)[0, 0]
+    else:
+        position = np.arange(n_out) * (n_source / n_out)
+        base = np.floor(position).astype(np.int64)
+        index = np.clip(base[:, None] + np.arange(-1, 3), 0, n_source - 1)
+        weights = torch.from_numpy(_cubic_weights(position - base))
+        matrix = torch.zeros(n_out, n_source, dtype=torch.float64).scatter_add_(1, torch.from_numpy(index), weights)
     return F.pad(matrix, (0, 0, 0, 1))

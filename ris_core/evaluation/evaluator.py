@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,24 @@ def shuffled(queries: Sequence[Query], seed: int) -> list[Query]:
     ]
 
 
+def swapped(queries: Sequence[Query], seed: int) -> list[Query]:
+    """The same queries, each with a sentence about another object of the same image: the sharper control.
+
+    A model that ignores language keeps its score; one that understands it marks the other object and falls to about 0.
+    Queries whose image has no other referent among them are left out.
+    """
+    random = np.random.default_rng(seed)
+    of_image: dict[int, list[Query]] = {}
+    for query in queries:
+        of_image.setdefault(query.image, []).append(query)
+    result = []
+    for query in queries:
+        others = [other.text for other in of_image[query.image] if other.ref_id != query.ref_id]
+        if others:
+            result.append(replace(query, text=others[random.integers(len(others))]))
+    return result
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -157,7 +175,7 @@ def _score_image(
     """Rows of one image; probabilities (N, h, w) on the model's device."""
     row = store.row(image)
     height, width = row["height"], row["width"]
-    full = unletterbox(probabilities, height, width, store.image_size, store.resample)
+    full = unletterbox(probabilities, height, width, store.image_size, store.resample, protocol.upsampling)
     wanted = {query.ann_id for query in queries}
     objects = [o for o in row["instances"] if o["ann_id"] in wanted or (with_objects and not o["iscrowd"])]
     truth = torch.from_numpy(np.stack([masks.decode(o["counts"], height, width) for o in objects])).to(full.device)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ris_core.data.letterbox import Upsampling
+
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -22,6 +24,7 @@ class Protocol:
     sentences: 'all', or only the 'first' of each referent. text: the REFER field that is fed to the model. threshold: a
     pixel is foreground if its probability is above it. resolution: 'original', or a side length to which prediction and
     ground truth (nearest neighbour, aspect ratio lost) are resized. strict: Pr@X counts IoU > X rather than >= X.
+    upsampling: where the cells of a predicted map lie, see `letterbox.unletterbox`; 'corners' is the official CRIS code's.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Protocol:
     threshold: float = 0.5
     resolution: str | int = "original"
     strict: bool = False
+    upsampling: Upsampling = "grid"
 
 
 # `lavt` scores the arg max of two logits, which for one logit is a threshold of 0.5. Its reference reads pixels of value 1
@@ -38,8 +42,8 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("ours"),
-        Protocol("cris", threshold=0.35, strict=True),
-        Protocol("cris_val", sentences="first", threshold=0.35, strict=True),
+        Protocol("cris", threshold=0.35, strict=True, upsampling="corners"),
+        Protocol("cris_val", sentences="first", threshold=0.35, strict=True, upsampling="corners"),
         Protocol("lavt", text="raw", resolution=480),
     )
 }

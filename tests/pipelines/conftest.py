@@ -10,7 +10,7 @@ import pytest
 from pipelines_world import Workplace, export_untrained, open_workplace
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
 pytestmark = pytest.mark.ray
 PER_SHARD = 4

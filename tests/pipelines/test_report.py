@@ -85,7 +85,7 @@ def evaluated(name: str, scores: int) -> None:
     random = np.random.default_rng(scores)
     rows = [{"intersection": int(random.integers(100)), "kind": gallery.KINDS[i % 5]} for i in range(20)]
     metrics = {"ours": {"val": evaluate.summary(table(rows), OURS, EvaluateParams(bootstrap_samples=20))}}
-    metrics["ours"]["val"]["shuffled"] = {"mIoU": 0.0123, "oIoU": 0.0456}
+    metrics["ours"]["val"]["shuffled_in_image"] = {"mIoU": 0.0123, "oIoU": 0.0456}
     metrics["ours"]["testA"] = evaluate.summary(table(rows[:3]), OURS, EvaluateParams(bootstrap_samples=20))
     out = Path("results/evaluate") / name
     files.write_json(out / "metrics.json", metrics)

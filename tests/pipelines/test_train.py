@@ -15,27 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pipelines_world import DATASET, SYSTEM, Workplace, open_workplace, python
+from pipelines_world import DATASET, SYSTEM, Workplace, open_workplace, python, started, wait_for
 from safetensors.torch import load_file
 
 from pipelines import fingerprint, paths, tracking, train
+from ris_core.config import Params
 from ris_core.errors import ClusterError, ConfigError
 from ris_core.models.systems import load_model
 from ris_core.training.run import make_trainer
 from ris_core.training.runtime import LocalRuntime
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
+pytestmark = pytest.mark.ray
+EPOCHS = 8
 MODEL = paths.model(SYSTEM, DATASET)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One undisturbed run of the stage."""
+    """A run of the stage that was interrupted, and the step at which it was gone on with."""
 
     place: Workplace
+    params: Params
     run_id: str
+    resumed_at: int
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -52,20 +57,51 @@ def _workers_get_this_code(ray_session: None) -> Iterator[None]:
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+def worker_that_notes_its_first_step(note: Path) -> Callable[[dict[str, Any]], None]:
+    def worker(config: dict[str, Any]) -> None:
+        from ris_core.training.loop import Trainer
+
+        whole = Trainer._step
+
+        def step(self: Trainer, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
+            if not note.exists():
+                note.write_text(str(global_step))
+            return whole(self, batch, global_step)
+
+        Trainer._step = step  # type: ignore[method-assign]
+        train.train_worker(config)
+
+    return worker
+
+
 @pytest.fixture(scope="module")
 def finished(
     tiny: Tiny, untrained: Path, migrated_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Finished]:
+    """A run whose driver is killed, with all its children, after the first epoch, and started again."""
+    import ray
+
     folder = tmp_path_factory.mktemp("train")
     place = open_workplace(folder / "workplace", tiny, untrained)
     place.link("shards", "clip")
+    params = place.set(train={"epochs": EPOCHS})
     shutil.copy(migrated_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.root)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        command = ("-m", "pipelines.train", "--system", SYSTEM, "--dataset", DATASET)
+        address = ray.get_runtime_context().gcs_address
+        with started(*command, cwd=place.root, RAY_ADDRESS=address) as driver:
+            wait_for(lambda: any((place.root / "runs").glob("*/checkpoint_*/state.json")), driver)
+        assert driver.returncode == -signal.SIGKILL
+        assert {Path(file).parts[0] for file in place.files()} == {"runs"}  # nothing that looks like a result
+        patch.setattr(train, "train_worker", worker_that_notes_its_first_step(folder / "first_step"))
         train.main(SYSTEM, DATASET)
+        patch.undo()
+        patch.chdir(place.root)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         _, info = load_model(MODEL)
-        yield Finished(place, info["mlflow_run"])
+        yield Finished(place, params, info["mlflow_run"], int((folder / "first_step").read_text()))
 
 
 def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -78,13 +114,15 @@ def rows(place: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-@pytest.mark.ray
-def test_the_stage_ends_with_the_weights_of_a_plain_process(finished: Finished, tiny: Tiny, tmp_path: Path) -> None:
-    plain = make_trainer(tiny.params(), SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path, "cpu"))
+def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_plain_process(
+    finished: Finished, tiny: Tiny, tmp_path: Path
+) -> None:
+    assert finished.resumed_at >= 3  # the first epoch's steps were not trained again
+    plain = make_trainer(finished.params, SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path, "cpu"))
     position = plain.fit()
     assert plain.best is not None
     assert same_weights(finished.weights, plain.best)
-    fresh = make_trainer(tiny.params(), SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path / "fresh", "cpu"))
+    fresh = make_trainer(finished.params, SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path / "fresh", "cpu"))
     assert not same_weights(finished.weights, fresh.model.state_dict())  # it did learn something
     history = rows(finished.place.root / paths.training(SYSTEM, DATASET))
     assert history == [pytest.approx(row, abs=1e-6) for row in position.history]
@@ -92,7 +130,6 @@ def test_the_stage_ends_with_the_weights_of_a_plain_process(finished: Finished, 
     assert metrics == {"best_epoch": position.best_epoch, **history[position.best_epoch - 1]}
 
 
-@pytest.mark.ray
 def test_the_model_folder_tells_where_it_came_from(finished: Finished, tiny: Tiny) -> None:
     model, info = load_model(finished.place.root / MODEL)
     assert not model.training
@@ -104,17 +141,21 @@ def test_the_model_folder_tells_where_it_came_from(finished: Finished, tiny: Tin
     assert not [file for file in finished.place.files() if "partial" in file or file.endswith(".tmp")]
 
 
-@pytest.mark.ray
 def test_the_run_is_recorded_in_mlflow(finished: Finished) -> None:
     client = tracking.connect()
     run = client.get_run(finished.run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name.startswith("train-cris-shapes-")
     assert (finished.place.root / "runs" / run.info.run_name).is_dir()  # the checkpoints bear the same name
-    assert {"train.epochs": "2", "cris.vis_dim": "32", "preprocess.image_size": "64"}.items() <= run.data.params.items()
+    assert {
+        "train.epochs": str(EPOCHS),
+        "cris.vis_dim": "32",
+        "preprocess.image_size": "64",
+    }.items() <= run.data.params.items()
     assert run.data.tags["ris.system"] == SYSTEM
     history = client.get_metric_history(finished.run_id, "val/mIoU")
-    assert [metric.step for metric in history] == [3, 6]  # steps of the optimiser
+    steps = [metric.step for metric in history]
+    assert sorted(set(steps)) == [3 * epoch for epoch in range(1, EPOCHS + 1)]  # steps of the optimiser
     assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == [DATASET]
 
 
@@ -128,20 +169,21 @@ def worker_that_may_not_train(config: dict[str, Any]) -> None:
     train.train_worker(config)
 
 
-@pytest.mark.ray
 def test_the_same_inputs_do_not_train_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (finished.place.root / MODEL / "model.safetensors").read_bytes()
+    client = tracking.connect()
+    logged = len(client.get_metric_history(finished.run_id, "val/mIoU"))
     shutil.rmtree(finished.place.root / "models")  # as DVC does before it runs a stage
     shutil.rmtree(finished.place.root / "results")
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_worker", worker_that_may_not_train)
         train.main(SYSTEM, DATASET)
     assert (finished.place.root / MODEL / "model.safetensors").read_bytes() == before
-    assert [row["epoch"] for row in rows(finished.place.root / paths.training(SYSTEM, DATASET))] == [1, 2]
-    client = tracking.connect()
+    epochs = [row["epoch"] for row in rows(finished.place.root / paths.training(SYSTEM, DATASET))]
+    assert epochs == list(range(1, EPOCHS + 1))
     assert load_model(finished.place.root / MODEL)[1]["mlflow_run"] == finished.run_id
     assert client.get_run(finished.run_id).info.status == "FINISHED"
-    assert len(client.get_metric_history(finished.run_id, "val/mIoU")) == 2
+    assert len(client.get_metric_history(finished.run_id, "val/mIoU")) == logged
 
 
 def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[dict[str, Any]], None]:
@@ -164,7 +206,6 @@ def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[di
     return worker
 
 
-@pytest.mark.ray
 def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
     workplace: Workplace, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +230,6 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
     assert history == [pytest.approx(row, abs=1e-6) for row in state["history"]]
 
 
-@pytest.mark.ray
 def test_a_cluster_that_is_too_small_is_told_instead_of_waited_for(workplace: Workplace, store: Path) -> None:
     workplace.link("shards", "clip")
     workplace.set(cluster={"train_workers": 3, "cpus_per_worker": 2, "use_gpu": "yes"})
@@ -207,7 +247,6 @@ class Enough(Exception):
     """What was wanted is seen."""
 
 
-@pytest.mark.ray
 def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
 
@@ -240,7 +279,6 @@ def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monke
     assert len({run_id for _, run_id in [first, *changed]}) == 5
 
 
-@pytest.mark.ray
 def test_an_expected_error_of_a_worker_is_shown_as_such(
     workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

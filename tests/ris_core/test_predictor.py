@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, Tiny
 from PIL import Image
+from tiny_world import IMAGE_SIZE, Tiny
 from torch import nn
 
 from ris_core.data import masks

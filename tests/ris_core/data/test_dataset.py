@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, Tiny
+from tiny_world import IMAGE_SIZE, Tiny
 
 from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
 from ris_core.data.letterbox import letterbox_mask

@@ -159,3 +159,21 @@ def test_wrong_inputs_are_named() -> None:
         letterbox_image(np.zeros((0, 5, 3), np.uint8), 128)
     with pytest.raises(DataError, match=r"float maps \(N, h, w\)"):
         unletterbox(torch.zeros(1, 1, 8, 8), 10, 10, 32)
+
+
+def test_cells_of_a_map_lie_where_its_target_was_sampled() -> None:
+    """'grid' keeps the values at pixels 0, 4, 8, ...; 'corners', the official way, stretches the map over them."""
+    maps = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0))
+    full = unletterbox(maps, 128, 128, 128, upsampling="grid")
+    torch.testing.assert_close(full[:, ::4, ::4], maps, atol=1e-6, rtol=0)
+
+    y, x = np.mgrid[:128, :128]
+    disc = ((y - 105) ** 2 + (x - 105) ** 2 < 14**2).astype(np.uint8)
+    target = torch.from_numpy(letterbox_mask(disc, 128, stride=4)[None] / 255)
+
+    def iou(upsampling: str) -> float:
+        mask = unletterbox(target, 128, 128, 128, upsampling=upsampling)[0].numpy() > 0.5  # type: ignore[arg-type]
+        return float((mask & (disc > 0)).sum() / (mask | (disc > 0)).sum())
+
+    assert iou("grid") > 0.87
+    assert iou("corners") < iou("grid") - 0.1

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import DATASET, IMAGE_SIZE, Tiny
 from PIL import Image
+from tiny_world import DATASET, IMAGE_SIZE, Tiny
 
 from ris_core.data import masks, shards
 from ris_core.data.dataset import ShardStore

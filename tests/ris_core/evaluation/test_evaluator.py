@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import DATASET, Tiny
+from tiny_world import DATASET, Tiny
 from torch import nn
 
 from ris_core.data import masks
@@ -21,7 +21,7 @@ from ris_core.data.records import ImageRecord
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.data.text import END_ID, encode, expression_kind
 from ris_core.errors import DataError
-from ris_core.evaluation.evaluator import TABLE_SCHEMA, Query, evaluate, pairwise_overlap, queries_of, shuffled
+from ris_core.evaluation.evaluator import TABLE_SCHEMA, Query, evaluate, pairwise_overlap, queries_of, shuffled, swapped
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
 from ris_core.models.clip import load_saved_clip, normalise
 from ris_core.models.systems import build_model
@@ -225,7 +225,7 @@ def test_lavt_compares_at_480_with_nearest_ground_truth(store: ShardStore) -> No
         grid = np.arange(480)
         enlarged = truth[(grid * height // 480)[:, None], grid * width // 480] > 0
         logits = torch.from_numpy(oracle.map(query.image, encode(query.text)))[None]
-        full = unletterbox(logits.sigmoid(), height, width, FINE)
+        full = unletterbox(logits.sigmoid(), height, width, FINE, upsampling="grid")
         smooth = nn.functional.interpolate(full[None], (480, 480), mode="bilinear", align_corners=False)[0, 0]
         predicted = smooth.numpy() > 0.5
         assert row["area"] == predicted.sum()
@@ -285,9 +285,9 @@ def test_shards_resampled_exactly_are_read_so(store: ShardStore, monkeypatch: py
     before = table_of(Oracle(store), store)
     modes: list[str] = []
 
-    def watched(maps: torch.Tensor, height: int, width: int, size: int, mode: str) -> torch.Tensor:
+    def watched(maps: torch.Tensor, height: int, width: int, size: int, mode: str, upsampling: str) -> torch.Tensor:
         modes.append(mode)
-        return unletterbox(maps, height, width, size, mode)  # type: ignore[arg-type]
+        return unletterbox(maps, height, width, size, mode, upsampling)  # type: ignore[arg-type]
 
     monkeypatch.setattr("ris_core.evaluation.evaluator.unletterbox", watched)
     monkeypatch.setattr(store, "resample", "exact")
@@ -348,3 +348,18 @@ def test_shuffled_sentences_are_what_the_model_hears(store: ShardStore) -> None:
     assert table["text"].to_pylist() == [query.text for query in mixed]
     assert table["sent_id"].to_pylist() == [query.sent_id for query in queries]
     assert [[token for token in row if token] for row in model.tokens] == [encode(query.text) for query in mixed]
+
+
+def test_swapped_sentences_are_of_another_object_of_the_same_image(store: ShardStore) -> None:
+    queries = queries_of(store, "val", OURS)
+    mixed = swapped(queries, 0)
+    own = {(query.image, query.ref_id, query.sent_id): query for query in queries}
+    said = {(query.image, query.text, query.ref_id) for query in queries}
+    assert len(mixed) > 0.9 * len(queries)
+    for query in mixed:
+        before = own[query.image, query.ref_id, query.sent_id]
+        assert replace(query, text=before.text) == before
+        assert any(image == query.image and text == query.text and ref != query.ref_id for image, text, ref in said)
+    assert mixed == swapped(queries, 0) != swapped(queries, 1)
+    alone = [query for query in queries if query.ref_id == queries[0].ref_id]
+    assert swapped(alone, 0) == []

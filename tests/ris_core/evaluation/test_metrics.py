@@ -117,7 +117,7 @@ def test_one_image_has_no_spread() -> None:
 def test_the_named_protocols_are_those_of_the_papers() -> None:
     assert {
         "ours": Protocol("ours", "all", "sent", 0.5, "original", False),
-        "cris": Protocol("cris", "all", "sent", 0.35, "original", True),
-        "cris_val": Protocol("cris_val", "first", "sent", 0.35, "original", True),
+        "cris": Protocol("cris", "all", "sent", 0.35, "original", True, "corners"),
+        "cris_val": Protocol("cris_val", "first", "sent", 0.35, "original", True, "corners"),
         "lavt": Protocol("lavt", "all", "raw", 0.5, 480, False),
     } == PROTOCOLS

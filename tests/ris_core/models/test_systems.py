@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURE, Tiny
 from safetensors.torch import load_file, save_file
+from tiny_world import ARCHITECTURE, Tiny
 from torch import nn
 
 from ris_core.errors import ConfigError, WeightsError

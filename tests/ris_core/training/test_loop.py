@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
+from tiny_world import Tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURE, Tiny
 from open_clip.loss import ClipLoss
+from tiny_world import ARCHITECTURE, Tiny
 from torch import nn
 
 from ris_core.config import ClipParams

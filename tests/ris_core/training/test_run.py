@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import DATASET, IMAGE_SIZE, Tiny
+from tiny_world import DATASET, IMAGE_SIZE, Tiny
 
 from ris_core.errors import ConfigError, DataError
 from ris_core.evaluation.evaluator import evaluate, queries_of

@@ -1,0 +1,85 @@
+"""Starting and joining Ray, and asking it for no more than it has."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pytest
+
+from pipelines import cluster
+from ris_core.errors import ClusterError
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "headnode"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS={address} "):
+            cluster.connected().__enter__()
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.ray
+def test_a_connection_that_is_there_is_used_and_kept(ray_session: None) -> None:
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    with cluster.connected():
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_workers_get_what_every_process_must_have(ray_session: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def look() -> tuple[dict[str, str | None], list[str]]:
+        from ray.util.state import list_nodes  # asks where Ray Train's watchdog asks
+
+        return {name: os.environ.get(name) for name in names}, [node.node_id for node in list_nodes(timeout=30)]
+
+    names = list(cluster.ENVIRONMENT)
+    environment, nodes = ray.get(look.remote())
+    assert environment == {name: os.environ[name] for name in names}
+    assert nodes == [ray.get_runtime_context().get_node_id()]  # of this Ray, whichever others run on this machine
+
+
+@pytest.mark.ray
+def test_more_than_the_cluster_has(ray_session: None) -> None:
+    cluster.check_resources(2, 2, 0)
+    with pytest.raises(ClusterError, match=r"too small: 5 x 1 CPU wanted, the cluster has 4\. Ask for less"):
+        cluster.check_resources(5, 1, 0)
+
+
+@pytest.mark.ray
+def test_gpus_are_used_where_there_are_some(ray_session: None, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    there = ray.cluster_resources().get("GPU", 0) > 0
+    assert cluster.has_gpu("auto") is there
+    assert ("no GPU in the cluster: running on CPUs" in capsys.readouterr().err) is not there
+    assert cluster.has_gpu("yes")
+    assert not cluster.has_gpu("no")
+
+
+@pytest.mark.ray
+def test_blocks_are_collected_into_one_table(ray_session: None) -> None:
+    import ray.data
+
+    rows: ray.data.Dataset = ray.data.from_items([{"number": number} for number in range(10)], override_num_blocks=4)
+    table = cluster.collect(rows)
+    assert isinstance(table, pa.Table)
+    assert sorted(table["number"].to_pylist()) == list(range(10))

@@ -1,0 +1,148 @@
+"""Stage `evaluate`: what Ray Data's actors find is what one process finds, row by row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pipelines_world import DATASET, SYSTEM, Workplace
+
+from pipelines import evaluate, paths
+from ris_core.config import EvaluateParams
+from ris_core.errors import ClusterError, DataError, WeightsError
+from ris_core.evaluation import evaluator
+from ris_core.evaluation.metrics import PROTOCOLS, scores
+from ris_core.models.systems import load_model
+
+if TYPE_CHECKING:
+    from tiny_world import Tiny
+
+SPLITS = ["val", "testA", "testB"]
+JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams())
+
+
+def test_jobs_are_protocols_times_splits_and_the_controls() -> None:
+    scored = [f"{p}/{s}" for p in ("ours", "cris_val") for s in SPLITS]
+    assert [job["job"] for job in JOBS] == [*scored, *evaluate.CONTROLS]
+    assert JOBS[-1] == {"job": "shuffled_across", "protocol": "ours", "split": "val", "seed": 0}
+    without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams())
+    assert [job["job"] for job in without] == ["ours/testA"]  # the control belongs to its own split
+    assert evaluate.sorted_splits(["testB", "train", "val", "testA"]) == ["val", "testA", "testB"]
+
+
+def one_process(tiny: Tiny, model: Path, job: dict[str, Any]) -> pa.Table:
+    """A job's table without Ray and without pieces."""
+    network, info = load_model(model)
+    return evaluator.evaluate(
+        network,
+        tiny.store(),
+        evaluate.job_queries(tiny.store(), job),
+        PROTOCOLS[job["protocol"]],
+        word_len=info["word_len"],
+        split=job["split"],
+        images_per_batch=4,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("actors", [1, 2])
+def test_actors_find_what_one_process_finds(
+    actors: int, tiny: Tiny, untrained: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tiny.params()
+    params.cluster.evaluate_actors = actors
+    monkeypatch.setattr(evaluate, "PIECE", 7)  # many pieces, which cut through images
+    tables = evaluate.score(params, untrained, tiny.shards, JOBS)
+    assert list(tables) == [job["job"] for job in JOBS]
+    for job in JOBS:
+        found, expected = tables[job["job"]], one_process(tiny, untrained, job)
+        assert found.schema == evaluator.TABLE_SCHEMA
+        assert found.num_rows == expected.num_rows > 0
+        for name in evaluator.TABLE_SCHEMA.names:
+            column, wanted = found[name].to_pylist(), expected[name].to_pylist()
+            if name in ("intersection", "union", "area"):  # a pixel may tip over where batches are cut elsewhere
+                assert max(abs(a - b) for a, b in zip(column, wanted, strict=True)) <= 1, name
+            elif name == "score":
+                assert column == pytest.approx(wanted, abs=1e-4)
+            else:
+                assert column == wanted, name
+
+
+@pytest.fixture
+def prepared(workplace: Workplace) -> Workplace:
+    workplace.link("raw", "shards", "model")
+    return workplace
+
+
+@pytest.mark.ray
+def test_the_stage_writes_scores_tables_and_pictures(
+    prepared: Workplace, ray_session: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared.set(evaluate={"protocols": ["ours", "cris"], "shuffled_split": "testA"})
+    evaluate.main(SYSTEM, DATASET)
+    out = paths.evaluation(SYSTEM, DATASET)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {protocol: list(parts) for protocol, parts in metrics.items()} == {"ours": SPLITS, "cris": SPLITS}
+    plain = {"expressions", "images", "mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(5, 10)), "mIoU_95", "oIoU_95"}
+    plain |= {"right_object", "random_object", "by_kind"}
+    for protocol, parts in metrics.items():
+        for split, part in parts.items():
+            shuffled = set(evaluate.CONTROLS) if (protocol, split) == ("ours", "testA") else set()
+            assert set(part) == plain | shuffled, (protocol, split)
+            assert part["mIoU_95"][0] <= part["mIoU"] <= part["mIoU_95"][1]
+            table = pq.read_table(paths.expressions(SYSTEM, DATASET) / f"{protocol}-{split}.parquet")
+            columns = (table[name].to_numpy() for name in ("intersection", "union"))
+            expected = scores(*columns, strict=PROTOCOLS[protocol].strict)
+            assert {name: part[name] for name in expected} == {k: round(v, 5) for k, v in expected.items()}
+            assert part["expressions"] == table.num_rows == sum(kind["count"] for kind in part["by_kind"].values())
+    assert set(json.loads((out / "protocols.json").read_text())["cris"]) >= {
+        "threshold",
+        "resolution",
+        "sentences",
+        "text",
+    }
+    pictures = [item["file"] for item in json.loads((out / "gallery" / "gallery.json").read_text())]
+    assert pictures
+    assert all((out / "gallery" / name).stat().st_size for name in pictures)
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(line.split()[:2]) for line in lines] == [(p, s) for p in ("ours", "cris") for s in SPLITS]
+    assert [line.split()[0:2] for line in lines if "shuffled" in line] == [["ours", "testA"]]
+    assert not [file for file in prepared.files() if "partial" in file or file.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"splits": ["val", "test"]}, "shapes has no split 'test'; it has train, val, testA, testB"),
+        ({"shuffled_split": "valid"}, "shapes has no split 'valid'; it has train, val, testA, testB"),
+    ],
+)
+def test_splits_that_do_not_exist_are_refused(section: dict[str, Any], message: str, prepared: Workplace) -> None:
+    prepared.set(evaluate=section)
+    with pytest.raises(DataError) as told:
+        evaluate.main(SYSTEM, DATASET)
+    assert str(told.value).startswith(message)
+    assert prepared.files() == set()
+
+
+def test_a_model_for_other_shards_is_refused(prepared: Workplace) -> None:
+    model = prepared.own(paths.model(SYSTEM, DATASET)) / "model.json"
+    model.write_text(model.read_text().replace('"image_size": 64,\n  "data', '"image_size": 96,\n  "data'))
+    with pytest.raises(WeightsError, match="cris-shapes is for images of 96 pixels, the shards hold 64: train again"):
+        evaluate.main(SYSTEM, DATASET)
+
+
+@pytest.mark.ray
+def test_a_gpu_that_is_not_there_is_not_waited_for(prepared: Workplace, ray_session: None) -> None:
+    import ray
+
+    if ray.cluster_resources().get("GPU", 0):
+        pytest.skip("this machine has a GPU")
+    prepared.set(cluster={"use_gpu": "yes"})
+    with pytest.raises(ClusterError, match="too small: 1 x 1 GPU wanted, the cluster has 0"):
+        evaluate.main(SYSTEM, DATASET)
+    assert prepared.files() == set()

@@ -1,0 +1,147 @@
+"""Surroundings of all tests, set before any of our libraries is imported, and `tiny`: a whole small world, built once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ris_core.config import Params
+    from ris_core.data.dataset import ShardStore
+    from ris_core.data.records import ImageRecord
+
+os.environ.update(
+    DVC_NO_ANALYTICS="1",
+    HF_HUB_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES="2",
+    OMP_NUM_THREADS="1",  # tests are small: more threads cost more than they bring
+    RAY_AUTH_MODE="disabled",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RIS_STORAGE"):
+    os.environ.pop(name, None)  # tests never reach somebody's real cluster or server
+
+DATASET = "shapes"
+IMAGE_SIZE = 64
+IMAGES_PER_SHARD = 10
+ARCHITECTURE: dict[str, Any] = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+PARAMS = f"""
+synthesize: {{seed: 5, canvas: 80, train: 24, val: 6, test: 4, refs_per_image: 3}}
+preprocess: {{image_size: {IMAGE_SIZE}, images_per_shard: {IMAGES_PER_SHARD}}}
+cris:
+  vis_dim: 32
+  fpn_out: [16, 32, 32]
+  num_layers: 1
+  num_heads: 2
+  ffn_dim: 32
+  dropout: 0.1
+  freeze_token_embedding: true
+train:
+  epochs: 2
+  steps_per_epoch: 3
+  batch_images: 4
+  expressions_per_image: 2
+  word_len: 12
+  lr: 1.0e-3
+  precision: fp32
+evaluate: {{bootstrap_samples: 50, images_per_batch: 4}}
+cluster: {{cpus_per_worker: 1, use_gpu: "no", max_failures: 0, evaluate_actors: 1}}
+"""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A world of 38 pictures: raw/ (official REFER files), records.parquet, shards/, clip/ (random), params.yaml."""
+
+    root: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "raw"
+
+    @property
+    def records_file(self) -> Path:
+        return self.root / "records.parquet"
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "shards"
+
+    @property
+    def clip(self) -> Path:
+        return self.root / "clip"
+
+    @property
+    def params_file(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def captions(self) -> Path:
+        return self.raw / DATASET / "captions.json"
+
+    def params(self) -> Params:
+        """The parameters, to be changed as a test likes."""
+        from ris_core.config import load_params
+
+        return load_params(self.params_file)
+
+    def records(self) -> list[ImageRecord]:
+        from ris_core.data.records import read_records
+
+        return read_records(self.records_file)
+
+    def store(self) -> ShardStore:
+        from ris_core.data.dataset import ShardStore
+
+        return ShardStore(self.shards)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Everything that training needs, made by the library's own functions. Tests must not change its files."""
+    import torch
+
+    from ris_core.data.audit import prepare
+    from ris_core.data.records import write_records
+    from ris_core.data.shards import ShardOptions, write_manifest, write_shard
+    from ris_core.data.synthetic import write_dataset
+    from ris_core.models.clip import build_clip, save_clip
+
+    world = Tiny(tmp_path_factory.mktemp("tiny"))
+    world.params_file.write_text(PARAMS)
+    write_dataset(world.raw, DATASET, world.params().synthesize, progress=False)
+    records, _ = prepare(world.raw, DATASET, on_bad="error", strict=False, exclude={}, check_images=False, workers=1)
+    write_records(world.records_file, records, DATASET)
+    world.shards.mkdir()
+    options = ShardOptions(IMAGE_SIZE)
+    entries = [
+        write_shard(world.shards / f"part-{i:05d}.arrow", records[first : first + IMAGES_PER_SHARD], world.raw, options)
+        for i, first in enumerate(range(0, len(records), IMAGES_PER_SHARD))
+    ]
+    write_manifest(world.shards, DATASET, options, entries)
+    torch.manual_seed(0)
+    save_clip(build_clip(ARCHITECTURE), world.clip, ARCHITECTURE, {})
+    return world
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray of this machine for all tests that need it; the stages join it."""
+    from pipelines import cluster
+
+    with cluster.connected(num_cpus=4, log_to_driver=False):
+        yield
