@@ -60,7 +60,7 @@ class Workplace:
             shutil.copy(source, link)
         return link
 
-    def set(self, **sections: Any) -> Params:
+    def change(self, **sections: Any) -> Params:
         """Change parameters: sections are merged into what is there, other values replaced."""
         place = self.root / "params.yaml"
         content = yaml.safe_load(place.read_text())

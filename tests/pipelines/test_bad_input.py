@@ -111,7 +111,7 @@ def test_prepare_goes_on_without_bad_refs_when_told_to(workplace: Workplace) -> 
     spoil_jpeg_end(root)
     spoil_jpeg_there(root)
     before = workplace.files()
-    workplace.set(prepare={"on_bad": "skip"})
+    workplace.change(prepare={"on_bad": "skip"})
     done = workplace.stage("prepare", "--dataset", NAME)
     assert done.returncode == 0, done.stderr
     assert "refcoco_unc: 2 of 7 refs cannot be used and were left out" in done.stderr
@@ -126,7 +126,7 @@ def test_prepare_goes_on_without_bad_refs_when_told_to(workplace: Workplace) -> 
 
 
 def test_a_split_that_was_never_released(workplace: Workplace) -> None:
-    workplace.set(evaluate={"splits": ["val", "test"]})
+    workplace.change(evaluate={"splits": ["val", "test"]})
     done = workplace.stage("evaluate", "--system", "cris", "--dataset", "refcocog_google")
     assert done.returncode == 1
     assert done.stderr == "error: refcocog_google has no split 'test'; it has train, val\n"

@@ -140,7 +140,7 @@ def test_an_unknown_protocol_is_refused_with_the_known_ones(
 def test_a_preset_says_what_it_sets(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    workplace.set(preset="long", presets={"long": {"train": {"epochs": 9}}})
+    workplace.change(preset="long", presets={"long": {"train": {"epochs": 9}}})
     arguments = ("train", "--system", "cris", "--dataset", "shapes")
     _, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert "preset 'long' sets train.epochs: 2 -> 9\n" in shown

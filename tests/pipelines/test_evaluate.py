@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,26 @@ JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, Evaluat
 
 
 def test_jobs_are_protocols_times_splits_and_the_controls() -> None:
-    scored = [f"{p}/{s}" for p in ("ours", "cris_val") for s in SPLITS]
+    scored = [f"{protocol}/{split}" for protocol in ("ours", "cris_val") for split in SPLITS]
     assert [job["job"] for job in JOBS] == [*scored, *evaluate.CONTROLS]
-    assert JOBS[-1] == {"job": "shuffled_across", "protocol": "ours", "split": "val", "seed": 0}
+    assert all((job["protocol"], job["split"]) == ("ours", "val") for job in JOBS[-2:])
     without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams())
-    assert [job["job"] for job in without] == ["ours/testA"]  # the control belongs to its own split
+    assert [job["job"] for job in without] == ["ours/testA"]  # the controls belong to their own split
     assert evaluate.sorted_splits(["testB", "train", "val", "testA"]) == ["val", "testA", "testB"]
+
+
+def test_the_controls_exchange_sentences_and_nothing_else(tiny: Tiny) -> None:
+    store = tiny.store()
+    *_, in_image, across = ({query.sent_id: query for query in evaluate.job_queries(store, job)} for job in JOBS)
+    true = {query.sent_id: query for query in evaluate.job_queries(store, JOBS[0])}
+    assert across.keys() == true.keys() >= in_image.keys() != set()
+    for control in (in_image, across):
+        assert all(replace(query, text=true[key].text) == true[key] for key, query in control.items())
+        assert sum(query.text != true[key].text for key, query in control.items()) > 0.8 * len(control)
+    texts: dict[int, set[str]] = {}
+    for query in true.values():
+        texts.setdefault(query.image, set()).add(query.text)
+    assert all(query.text in texts[query.image] for query in in_image.values())
 
 
 def one_process(tiny: Tiny, model: Path, job: dict[str, Any]) -> pa.Table:
@@ -82,7 +97,7 @@ def prepared(workplace: Workplace) -> Workplace:
 def test_the_stage_writes_scores_tables_and_pictures(
     prepared: Workplace, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared.set(evaluate={"protocols": ["ours", "cris"], "shuffled_split": "testA"})
+    prepared.change(evaluate={"protocols": ["ours", "cris"], "shuffled_split": "testA"})
     evaluate.main(SYSTEM, DATASET)
     out = paths.evaluation(SYSTEM, DATASET)
     metrics = json.loads((out / "metrics.json").read_text())
@@ -95,8 +110,8 @@ def test_the_stage_writes_scores_tables_and_pictures(
             assert set(part) == plain | shuffled, (protocol, split)
             assert part["mIoU_95"][0] <= part["mIoU"] <= part["mIoU_95"][1]
             table = pq.read_table(paths.expressions(SYSTEM, DATASET) / f"{protocol}-{split}.parquet")
-            columns = (table[name].to_numpy() for name in ("intersection", "union"))
-            expected = scores(*columns, strict=PROTOCOLS[protocol].strict)
+            intersection, union = (table[name].to_numpy() for name in ("intersection", "union"))
+            expected = scores(intersection, union, PROTOCOLS[protocol].strict)
             assert {name: part[name] for name in expected} == {k: round(v, 5) for k, v in expected.items()}
             assert part["expressions"] == table.num_rows == sum(kind["count"] for kind in part["by_kind"].values())
     assert set(json.loads((out / "protocols.json").read_text())["cris"]) >= {
@@ -122,7 +137,7 @@ def test_the_stage_writes_scores_tables_and_pictures(
     ],
 )
 def test_splits_that_do_not_exist_are_refused(section: dict[str, Any], message: str, prepared: Workplace) -> None:
-    prepared.set(evaluate=section)
+    prepared.change(evaluate=section)
     with pytest.raises(DataError) as told:
         evaluate.main(SYSTEM, DATASET)
     assert str(told.value).startswith(message)
@@ -142,7 +157,7 @@ def test_a_gpu_that_is_not_there_is_not_waited_for(prepared: Workplace, ray_sess
 
     if ray.cluster_resources().get("GPU", 0):
         pytest.skip("this machine has a GPU")
-    prepared.set(cluster={"use_gpu": "yes"})
+    prepared.change(cluster={"use_gpu": "yes"})
     with pytest.raises(ClusterError, match="too small: 1 x 1 GPU wanted, the cluster has 0"):
         evaluate.main(SYSTEM, DATASET)
     assert prepared.files() == set()

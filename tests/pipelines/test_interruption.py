@@ -23,7 +23,7 @@ PER_SHARD = 4
 
 
 def test_synthesize_killed_and_started_again(workplace: Workplace, tmp_path: Path) -> None:
-    params = workplace.set(synthesize={"canvas": 64, "train": 250})
+    params = workplace.change(synthesize={"canvas": 64, "train": 250})
     raw = workplace.root / paths.raw(DATASET)
     with started("-m", "pipelines.synthesize", "--dataset", DATASET, cwd=workplace.root) as process:
         wait_for(lambda: any(raw.rglob("*.jpg")), process)
@@ -43,7 +43,7 @@ def test_preprocess_killed_and_started_again(workplace: Workplace, ray_session: 
     import ray
 
     workplace.link("raw", "records")
-    workplace.set(preprocess={"images_per_shard": PER_SHARD})
+    workplace.change(preprocess={"images_per_shard": PER_SHARD})
     records = workplace.tiny.records()
     last = workplace.own(paths.raw(DATASET)) / records[-1].file_name
     last.unlink()

@@ -151,7 +151,7 @@ def test_the_stage_reads_its_parameters(
     workplace: Workplace, ray_session: None, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     workplace.link("raw", "records")
-    workplace.set(preprocess={"images_per_shard": PER_SHARD})
+    workplace.change(preprocess={"images_per_shard": PER_SHARD})
     preprocess.main(DATASET)
     assert capsys.readouterr().out == f"data/shards/shapes: 38 images in {SHARDS} shards\n"
     assert contents(paths.shards(DATASET)) == undisturbed

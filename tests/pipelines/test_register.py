@@ -27,12 +27,14 @@ SCORES = {"mIoU": 0.41, "oIoU": 0.52, "Pr@0.5": 0.4, "expressions": 46, "mIoU_95
 TAGS = {"protocol": "ours", "split": "val", "metric": "mIoU", "data_digest": "d" * 64}
 
 
-def candidate(score: float, minimum: float = 0.0, alias: str = "champion", **tags: str) -> dict[str, str]:
+def candidate(
+    score: float, minimum: float = 0.0, alias: str = "champion", tags: dict[str, str] | None = None
+) -> dict[str, str]:
     """Register a version that holds nothing but its tags, and ask for its promotion."""
     client = tracking.connect()
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME)
-    all_tags = {**TAGS, "score": f"{score:.5f}", **tags}
+    all_tags = {**TAGS, "score": f"{score:.5f}", **(tags or {})}
     version = client.create_model_version(NAME, "file:///nowhere", tags=all_tags).version
     return tracking.promote(NAME, str(version), alias, all_tags, minimum)
 
@@ -57,7 +59,7 @@ def test_the_first_version_becomes_champion_and_a_better_one_takes_over(store: P
 )
 def test_scores_of_another_kind_are_not_compared(tag: str, value: str, store: Path) -> None:
     candidate(0.40)
-    decision = candidate(0.90, **{tag: value})["decision"]
+    decision = candidate(0.90, tags={tag: value})["decision"]
     assert decision == f"challenger: version 1 was scored with another {tag}; not comparable"
     assert champion() == "1"
 
@@ -139,7 +141,7 @@ def test_what_evaluate_did_not_leave_is_told(workplace: Workplace, store: Path) 
     with pytest.raises(DataError, match=r"metrics.json does not exist: run the evaluate stage"):
         register.main("cris", "shapes")
     evaluated(workplace)
-    workplace.set(register={"split": "testB"})
+    workplace.change(register={"split": "testB"})
     with pytest.raises(ConfigError, match=r"register.split is 'testB', but only val, testA were evaluated"):
         register.main("cris", "shapes")
     assert not (workplace.root / "results/register").exists()

@@ -84,7 +84,7 @@ def finished(
     folder = tmp_path_factory.mktemp("train")
     place = open_workplace(folder / "workplace", tiny, untrained)
     place.link("shards", "clip")
-    params = place.set(train={"epochs": EPOCHS})
+    params = place.change(train={"epochs": EPOCHS})
     shutil.copy(migrated_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.root)
@@ -92,7 +92,10 @@ def finished(
         command = ("-m", "pipelines.train", "--system", SYSTEM, "--dataset", DATASET)
         address = ray.get_runtime_context().gcs_address
         with started(*command, cwd=place.root, RAY_ADDRESS=address) as driver:
-            wait_for(lambda: any((place.root / "runs").glob("*/checkpoint_*/state.json")), driver)
+            snapshots = (place.root / "runs").glob  # what Ray Train reads to find the newest checkpoint again
+            wait_for(
+                lambda: any("checkpoint_" in s.read_text() for s in snapshots("*/checkpoint_manager*.json")), driver
+            )
         assert driver.returncode == -signal.SIGKILL
         assert {Path(file).parts[0] for file in place.files()} == {"runs"}  # nothing that looks like a result
         patch.setattr(train, "train_worker", worker_that_notes_its_first_step(folder / "first_step"))
@@ -210,7 +213,7 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
     workplace: Workplace, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workplace.link("shards", "clip")
-    workplace.set(cluster={"train_workers": 2, "max_failures": 1}, train={"checkpoint_every_steps": 2})
+    workplace.change(cluster={"train_workers": 2, "max_failures": 1}, train={"checkpoint_every_steps": 2})
     monkeypatch.setenv("RIS_STORAGE", str(tmp_path / "storage"))
     marker = tmp_path / "killed"
     monkeypatch.setattr(train, "train_worker", worker_that_dies_once(marker, rank=1, at_step=5))
@@ -232,7 +235,7 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
 
 def test_a_cluster_that_is_too_small_is_told_instead_of_waited_for(workplace: Workplace, store: Path) -> None:
     workplace.link("shards", "clip")
-    workplace.set(cluster={"train_workers": 3, "cpus_per_worker": 2, "use_gpu": "yes"})
+    workplace.change(cluster={"train_workers": 3, "cpus_per_worker": 2, "use_gpu": "yes"})
     with pytest.raises(ClusterError) as told:
         train.main(SYSTEM, DATASET)
     assert str(told.value).startswith("the cluster is too small: 3 x 2 CPU wanted, the cluster has 4; 3 x 1 GPU wanted")
@@ -263,11 +266,11 @@ def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monke
     workplace.link("shards", "clip")
     first = start()
     assert start() == first
-    workplace.set(cluster={"train_workers": 2}, evaluate={"bootstrap_samples": 7})
+    workplace.change(cluster={"train_workers": 2}, evaluate={"bootstrap_samples": 7})
     assert start() == first  # these do not change what is trained
-    workplace.set(train={"lr": 3e-3})
+    workplace.change(train={"lr": 3e-3})
     changed = [start()]
-    workplace.set(cris={"num_layers": 2})
+    workplace.change(cris={"num_layers": 2})
     changed.append(start())
     manifest = workplace.own(paths.shards(DATASET)) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"part-00000', '"./part-00000'))
