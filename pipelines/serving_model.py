@@ -6,10 +6,9 @@ import base64
 import os
 from typing import Any
 
+import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
-
-import mlflow
 
 
 class RISModel(PythonModel):

@@ -54,9 +54,8 @@ def connect() -> MlflowClient:
     import logging
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    from sqlalchemy.exc import SQLAlchemyError
-
     import mlflow
+    from sqlalchemy.exc import SQLAlchemyError
 
     mlflow.set_tracking_uri(place)
     try:
@@ -157,9 +156,8 @@ def metric_name(name: str) -> str:
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], step: int) -> None:
     """All metrics of a step in one request."""
-    from mlflow.entities import Metric
-
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     batch = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
@@ -211,13 +209,12 @@ def register_model(
     import base64
     import io
 
+    import mlflow
     import numpy as np
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from PIL import Image
-
-    import mlflow
 
     client = connect()
     same = client.search_model_versions(f"name = '{name}'")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 from PIL import Image
 from pipelines_world import Workplace
 
-import mlflow
 from pipelines import files, fingerprint, register, tracking
 from ris_core.data import masks
 from ris_core.errors import ConfigError, DataError
