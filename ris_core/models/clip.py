@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -27,6 +28,7 @@ from ris_core.errors import ConfigError, WeightsError, list_problems
 if TYPE_CHECKING:
     from open_clip.model import CLIP
     from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB in 0..1, OpenAI's CLIP
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -85,7 +87,7 @@ def build_clip(architecture: Architecture) -> CLIP:
     return CLIP(**resolve_architecture(architecture))
 
 
-def load_clip(architecture: Architecture, weights: str | Path | None = None) -> CLIP:
+def load_clip(architecture: Architecture, weights: str | Path | None = None, image_size: int | None = None) -> CLIP:
     """A CLIP in float32 on the CPU, with its weights checked against the architecture.
 
     Args:
@@ -93,14 +95,19 @@ def load_clip(architecture: Architecture, weights: str | Path | None = None) -> 
         weights: None for random ones; a pretrained tag of open_clip ("openai"), fetched or found in its cache; a
             folder written by `save_clip`; or a file: OpenAI's TorchScript archive, safetensors, or a state dict of
             `torch.save` (also under the key "state_dict", also with the prefix "module.").
+        image_size: another side of the square input, in pixels, than the architecture's own; only for a ViT. Position
+            embeddings of the patches are resized by open_clip's `resize_pos_embed` (bicubic, antialiased, as its
+            `force_image_size` does), the class token's stays.
 
     Raises:
+        ConfigError: see `resolve_architecture`; or the tower cannot take images of that size.
         WeightsError: nothing there, unreadable, another activation (OpenAI's weights need QuickGELU, hence a
             "-quickgelu" architecture), or tensors that do not fit: all of them are listed.
     """
-    if weights is None:
-        return build_clip(architecture)
     config = resolve_architecture(architecture)
+    wanted = config if image_size is None else _at_image_size(config, image_size)
+    if weights is None:
+        return build_clip(wanted)
     name = architecture if isinstance(architecture, str) else "the given architecture"
     tag_name = name.removesuffix("-quickgelu")
     path = Path(weights)
@@ -118,9 +125,16 @@ def load_clip(architecture: Architecture, weights: str | Path | None = None) -> 
         raise WeightsError(
             f"no CLIP weights {str(weights)!r}: no such file or folder, nor a tag of {name} (its tags: {tags})"
         )
-    clip = build_clip(architecture)
+    clip = build_clip(config)
     load_strictly(clip, state, f"{weights} does not fit {name}")
-    return clip
+    if wanted == config:
+        return clip
+    from open_clip.model import resize_pos_embed
+
+    resized, state = build_clip(wanted), clip.state_dict()
+    resize_pos_embed(state, resized)  # takes its entry of the state dict and puts the resized one in its place
+    resized.load_state_dict(state)
+    return resized
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], title: str) -> None:
@@ -145,16 +159,19 @@ def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], title: st
 def save_clip(clip: CLIP, folder: str | Path, architecture: Architecture, extra: Mapping[str, Any]) -> None:
     """Write `clip.safetensors` and `clip.json` (architecture, extra, checksum of the weights) into a folder.
 
-    Each file appears whole or not at all, and the config comes last and names the weights' checksum, so that a new
-    file beside an old one cannot pass for a pair.
+    The architecture is written with the image size that the model has, which `load_clip` may have changed. Each file
+    appears whole or not at all, and the config comes last and names the weights' checksum, so that a new file beside an
+    old one cannot pass for a pair.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     partial = weights.with_suffix(".partial")
     save_file({key: value.detach().cpu().contiguous() for key, value in clip.state_dict().items()}, partial)
+    config_of_clip = resolve_architecture(architecture)
+    config_of_clip["vision_cfg"]["image_size"] = input_size(clip)
     content = {
-        "architecture": resolve_architecture(architecture),
+        "architecture": config_of_clip,
         "weights_sha256": sha256(partial.read_bytes()).hexdigest(),
         "extra": dict(extra),
     }
@@ -181,6 +198,19 @@ def load_saved_clip(folder: str | Path) -> CLIP:
     return load_clip(read_clip_config(folder)["architecture"], folder)
 
 
+def input_size(clip: CLIP) -> int:
+    """Side in pixels of the square images that a CLIP reads.
+
+    Raises:
+        ConfigError: it reads images that are not square.
+    """
+    size = clip.visual.image_size  # one number in a ResNet, (height, width) in a ViT
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    if height != width:
+        raise ConfigError(f"this CLIP reads images of {height}x{width} pixels; only square ones are supported")
+    return int(height)
+
+
 @lru_cache(maxsize=8)
 def _normalisation(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
@@ -202,6 +232,16 @@ def resnet_feature_maps(
     return c3, c4, visual.layer4(c4)
 
 
+def vit_patch_map(visual: VisionTransformer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image features (B, E) and the map of all patches (B, E, g, g) of normalised images (B, 3, H, W), from one pass.
+
+    The map is what the shared space says of every patch: the final layer norm and the projection, made for the pooled
+    feature, at each patch token instead. Nothing is L2-normalised.
+    """
+    found = visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
+    return found["image_features"], torch.einsum("bchw,ce->behw", found["image_intermediates"][0], visual.proj)
+
+
 def encode_words(clip: CLIP, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Word features and sentence state of tokens (N, L) int64 with L at most the context length.
 
@@ -218,6 +258,25 @@ def encode_words(clip: CLIP, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
     words = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
     at_end = words[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
     return words, at_end @ clip.text_projection
+
+
+def _at_image_size(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """The config with another input size. Raises ConfigError where the visual tower cannot take it."""
+    from open_clip.model import CLIPVisionCfg
+
+    vision = CLIPVisionCfg(**config["vision_cfg"])  # with open_clip's defaults
+    if vision.timm_model_name or isinstance(vision.layers, tuple | list):
+        raise ConfigError(
+            f"image size {image_size}: only a plain ViT can be resized to another input than its own "
+            f"({vision.image_size}), this architecture's visual tower is a "
+            f"{vision.timm_model_name or 'ResNet with an attention pool'}; leave the image size out"
+        )
+    if image_size < 1 or image_size % vision.patch_size:
+        above = max(1, math.ceil(image_size / vision.patch_size)) * vision.patch_size
+        raise ConfigError(
+            f"image size {image_size} is not a multiple of the patch size {vision.patch_size}; the next one is {above}"
+        )
+    return {**config, "vision_cfg": {**config["vision_cfg"], "image_size": image_size}}
 
 
 def _tags(name: str) -> list[str]:

@@ -3,8 +3,9 @@
 Reads a captions file in COCO's format, `{"images": [...], "annotations": [{"image_id", "caption", "bbox"?}]}`: captions
 without a box describe the whole image, those with one describe that region. Each step encodes some scenes once and
 contrasts, with open_clip's own loss (Radford et al. 2021, section 2.3), scenes with their captions and regions with
-theirs. A region's feature is cut out of the dense map of the attention pool (RoIAlign), in the spirit of RegionCLIP
-(Zhong et al. 2022): the map that CRIS starts from then already answers to words, at the objects' own scale and place.
+theirs. A region's feature is cut out of the dense map of the tower (RoIAlign), in the spirit of RegionCLIP (Zhong et al.
+2022): the map that CRIS starts from then already answers to words, at the objects' own scale and place. Where single
+patches matter, as in RISCLIP, `patch_loss` also contrasts the patches of an image with each other.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +28,9 @@ from ris_core.config import ClipParams
 from ris_core.data.letterbox import letterbox_image, letterbox_matrix
 from ris_core.data.shards import load_image
 from ris_core.data.text import encode, pad_token_batch
-from ris_core.errors import DataError
-from ris_core.models.clip import encode_words, normalise, resnet_feature_maps
+from ris_core.data.wording import LOCATION_WORDS
+from ris_core.errors import ConfigError, DataError
+from ris_core.models.clip import encode_words, normalise, resnet_feature_maps, vit_patch_map
 from ris_core.models.cris_layers import attention_pool_map
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.1  # share of the captioned images that only measure
 RETRIEVAL_AMONG = 128
+MEASURED_AT_ONCE = 64  # scenes
 
 
 @dataclass
@@ -120,7 +124,7 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
         torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.98), fused=True),
         torch.optim.SparseAdam([clip.token_embedding.weight], lr=params.lr, betas=(0.9, 0.98)),
     ]
-    loss_of = ClipLoss()
+    loss_of, side = ClipLoss(), training.pixels.shape[-1]
     shown = torch.zeros((), device=device)
     bar = tqdm(range(params.steps), "pretrain_clip", disable=not sys.stderr.isatty())
     for step in bar:
@@ -130,10 +134,14 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
                 group["lr"] = params.lr * warm * 0.5 * (1 + math.cos(math.pi * step / params.steps))
             optimizer.zero_grad(set_to_none=True)
         scenes, regions = draw(training, params, step)
-        seen, seen_regions = encode_scenes(clip, training, scenes, regions)
+        views, phrases = encode_scenes(clip, training, scenes, regions), encode_phrases(clip, region_tokens[regions])
         scale = clip.logit_scale.exp()
-        loss = loss_of(seen, encode_phrases(clip, scene_tokens[scenes]), scale)
-        loss = loss + loss_of(seen_regions, encode_phrases(clip, region_tokens[regions]), scale)
+        loss = loss_of(views.regions, phrases, scale)
+        if params.scene_loss:
+            said = encode_phrases(clip, scene_tokens[scenes])
+            loss = loss + params.scene_loss * loss_of(views.scenes, said, scale)
+        if params.patch_loss:
+            loss = loss + params.patch_loss * patch_loss(views, phrases, training.region_box[regions] / side, scale)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -185,22 +193,52 @@ class Tokens:
         return torch.from_numpy(pad_token_batch(ids, min(self.context, max(map(len, ids))))).to(self.device)
 
 
-def encode_scenes(
-    clip: CLIP, data: Captions, scenes: np.ndarray, regions: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit features of scenes (B, E) and of regions in them (R, E) from one pass over the images.
+class Views(NamedTuple):
+    """What one pass over some images gives, in CLIP's shared space; every vector has unit length."""
+
+    scenes: torch.Tensor  # (B, E) pooled, one for each scene caption
+    regions: torch.Tensor  # (R, E) cut out of the map, one for each region caption
+    patches: torch.Tensor  # (I, E, h, w) the map of each image
+    owner: torch.Tensor  # int64 (R,): the image of each region, as a row of `patches`
+
+
+def encode_scenes(clip: CLIP, data: Captions, scenes: np.ndarray, regions: np.ndarray) -> Views:
+    """Scenes and regions in them, from one pass over the images.
 
     scenes and regions index the captions of `data`; every region must lie in the image of one of the scenes.
     """
     device = clip.logit_scale.device
     images, row = np.unique(data.scene_image[scenes], return_inverse=True)
-    layer4 = resnet_feature_maps(clip.visual, normalise(data.pixels[images].to(device)))[2]
-    seen = clip.visual.attnpool(layer4)[torch.from_numpy(row).to(device)]
+    pooled, patches = dense_map(clip, normalise(data.pixels[images].to(device)))
     owner = torch.from_numpy(np.searchsorted(images, data.region_image[regions])).to(device)
     boxes = torch.cat([owner[:, None].float(), torch.from_numpy(data.region_box[regions]).to(device)], 1)
-    scale = layer4.shape[-1] / data.pixels.shape[-1]
-    cut = roi_align(attention_pool_map(clip.visual.attnpool, layer4), boxes, 1, scale, sampling_ratio=2, aligned=True)
-    return nn.functional.normalize(seen, dim=-1), nn.functional.normalize(cut.flatten(1), dim=-1)
+    scale = patches.shape[-1] / data.pixels.shape[-1]
+    cut = roi_align(patches, boxes, 1, scale, sampling_ratio=2, aligned=True).flatten(1)
+    seen = pooled[torch.from_numpy(row).to(device)]
+    seen, cut, patches = (nn.functional.normalize(features, dim=1) for features in (seen, cut, patches))
+    return Views(seen, cut, patches, owner)
+
+
+def dense_map(clip: CLIP, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image features (B, E) and the dense map (B, E, h, w) in CLIP's shared space of normalised images (B, 3, S, S).
+
+    A ViT's map holds its projected patch tokens, a ResNet's the attention pool asked at every place. Nothing is
+    L2-normalised.
+
+    Raises:
+        ConfigError: another kind of visual tower.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(clip.visual, ModifiedResNet):
+        layer4 = resnet_feature_maps(clip.visual, images)[2]
+        return clip.visual.attnpool(layer4), attention_pool_map(clip.visual.attnpool, layer4)
+    if isinstance(clip.visual, VisionTransformer) and clip.visual.attn_pool is None:
+        return vit_patch_map(clip.visual, images)
+    raise ConfigError(
+        f"no dense map of a {type(clip.visual).__name__}: take CLIP's own ResNet or ViT as the visual tower"
+    )
 
 
 def encode_phrases(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
@@ -208,40 +246,90 @@ def encode_phrases(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(encode_words(clip, tokens)[1], dim=-1)
 
 
+def patch_loss(views: Views, phrases: torch.Tensor, boxes: np.ndarray, scale: torch.Tensor) -> torch.Tensor:
+    """Of a softmax over all patches of an image: -log of the share that a caption (R, E) gives to its region, as a mean.
+
+    boxes (R, 4) are xyxy as shares of the image's side; scale multiplies the cosines. Contrasting regions with each other
+    never shows a caption the background, nor asks single patches; here both must give way to the region.
+    """
+    cells = cells_of(boxes, (views.patches.shape[-2], views.patches.shape[-1])).to(phrases.device)
+    cosine = scale * torch.einsum("re,rep->rp", phrases, views.patches.flatten(2)[views.owner])
+    return (cosine.logsumexp(1) - cosine.masked_fill(~cells, -math.inf).logsumexp(1)).mean()
+
+
+def cells_of(boxes: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
+    """Which cells of a grid (h, w) belong to each box (R, 4), xyxy as shares of the image's side: bool (R, h * w).
+
+    Those whose middle lies inside; for a box too small to hold any, the one under the middle of the box.
+    """
+    edges = torch.from_numpy(boxes) * torch.tensor([grid[1], grid[0]] * 2)
+    inside = []
+    for low, high, count in ((edges[:, 1], edges[:, 3], grid[0]), (edges[:, 0], edges[:, 2], grid[1])):
+        middles = torch.arange(count) + 0.5
+        along = (middles >= low[:, None]) & (middles < high[:, None])
+        under = ((low + high) / 2).long().clamp(0, count - 1)
+        inside.append(torch.where(along.any(1, keepdim=True), along, nn.functional.one_hot(under, count).bool()))
+    rows, columns = inside
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+
+
 @torch.inference_mode()
 def measure(clip: CLIP, data: Captions, device: torch.device) -> dict[str, float]:
-    """Held-out scores, each with its chance level.
+    """Held-out scores, each beside its chance level `<name>_chance`. Equal captions in one image are all right.
 
-    retrieval@1: the right caption for a scene among 128 (or all, if there are fewer). phrase_to_object: a region's caption
-    picks, among the regions of its image, one that carries it (equal captions count as right).
+    Of whole scenes and of regions cut out of the map:
+      retrieval@1: a scene picks its caption among 128 (or all, if there are fewer).
+      phrase_to_object: a region's caption picks, among the regions of its image, one that carries it.
+    Of the map as it is, by its cosine with captions that have no words of place (with all, where each has some):
+      patch_accuracy: the best patch of the image lies in a region that carries the caption.
+      patch_object: so does, of all regions, the one whose patches have the highest mean.
     """
     clip.eval()
     scenes = np.unique(data.scene_image, return_index=True)[1]
-    everything = np.arange(len(data.region_text))
-    parts = [
-        (part, everything[np.isin(data.region_image, data.scene_image[part])])
-        for part in np.array_split(scenes, -(-len(scenes) // 64))
-    ]
-    encoded = [encode_scenes(clip, data, part, regions) for part, regions in parts]
-    seen = torch.cat([pair[0] for pair in encoded])[:RETRIEVAL_AMONG]
     said = encode_phrases(clip, Tokens(data.scene_text, clip, device)[scenes[:RETRIEVAL_AMONG]])
-    retrieval = ((seen @ said.T).argmax(1).cpu().numpy() == np.arange(len(seen))).mean()
+    region_tokens = Tokens(data.region_text, clip, device)
+    attribute = np.array([not LOCATION_WORDS & set(text.lower().split()) for text in data.region_text])
+    by_patch = attribute if attribute.any() else ~attribute
+    seen: list[torch.Tensor] = []
+    found: dict[str, list[float]] = {}
+    for part in np.array_split(scenes, -(-len(scenes) // MEASURED_AT_ONCE)):
+        regions = np.flatnonzero(np.isin(data.region_image, data.scene_image[part]))
+        views = encode_scenes(clip, data, part, regions)
+        seen.append(views.scenes)
+        for score in _region_scores(data, regions, views, encode_phrases(clip, region_tokens[regions]), by_patch):
+            for name, value in score.items():
+                found.setdefault(name, []).append(value)
+    best = (torch.cat(seen)[:RETRIEVAL_AMONG] @ said.T).argmax(1).cpu().numpy()
+    retrieval = {"retrieval@1": float((best == np.arange(len(best))).mean()), "retrieval@1_chance": 1 / len(best)}
+    return {**retrieval, **{name: float(np.mean(values)) for name, values in found.items()}}
 
-    regions = np.concatenate([regions for _, regions in parts])
-    phrases = encode_phrases(clip, Tokens(data.region_text, clip, device)[regions])
-    similarity = (phrases @ torch.cat([pair[1] for pair in encoded]).T).cpu().numpy()
-    text = np.array(data.region_text)[regions]
-    image, box = data.region_image[regions], data.region_box[regions]
-    hits, chance = [], []
-    for i in range(len(regions)):
+
+def _region_scores(
+    data: Captions, regions: np.ndarray, views: Views, phrases: torch.Tensor, by_patch: np.ndarray
+) -> Iterator[dict[str, float]]:
+    """For each region caption, its part of the measures; those of patches where `by_patch` (of all captions) says so."""
+    grid = (views.patches.shape[-2], views.patches.shape[-1])
+    to_regions = (phrases @ views.regions.T).cpu().numpy()
+    to_patches = torch.einsum("re,rep->rp", phrases, views.patches.flatten(2)[views.owner]).cpu().numpy()
+    box, image, text = data.region_box[regions], data.region_image[regions], np.array(data.region_text)[regions]
+    cells = cells_of(box / data.pixels.shape[-1], grid).numpy()
+    for i, caption in enumerate(text):
         same_image = np.flatnonzero(image == image[i])
-        objects, member = np.unique(box[same_image], axis=0, return_inverse=True)
-        right = set(member[text[same_image] == text[i]])
-        hits.append(member[similarity[i, same_image].argmax()] in right)
-        chance.append(len(right) / len(objects))
-    return {
-        "retrieval@1": float(retrieval),
-        "retrieval@1_chance": 1 / len(seen),
-        "phrase_to_object": float(np.mean(hits)),
-        "phrase_to_object_chance": float(np.mean(chance)),
-    }
+        objects, first, member = np.unique(box[same_image], axis=0, return_index=True, return_inverse=True)
+        right = np.isin(np.arange(len(objects)), member[text[same_image] == caption])
+        by_chance = float(right.mean())
+        score = {
+            "phrase_to_object": float(right[member[to_regions[i, same_image].argmax()]]),
+            "phrase_to_object_chance": by_chance,
+        }
+        if by_patch[regions[i]]:
+            of_objects = cells[same_image[first]]
+            of_right = np.logical_or.reduce(of_objects[right])
+            means = of_objects @ to_patches[i] / of_objects.sum(1)
+            score |= {
+                "patch_accuracy": float(of_right[to_patches[i].argmax()]),
+                "patch_accuracy_chance": float(of_right.mean()),
+                "patch_object": float(right[means.argmax()]),
+                "patch_object_chance": by_chance,
+            }
+        yield score

@@ -20,6 +20,7 @@ from ris_core.models.clip import (
     build_clip,
     embedded_architectures,
     encode_words,
+    input_size,
     load_clip,
     load_saved_clip,
     normalise,
@@ -27,6 +28,7 @@ from ris_core.models.clip import (
     resnet_feature_maps,
     resolve_architecture,
     save_clip,
+    vit_patch_map,
 )
 
 SMALL: dict[str, Any] = {
@@ -35,6 +37,16 @@ SMALL: dict[str, Any] = {
     "vision_cfg": {"layers": [1, 1, 1, 1], "width": 4, "image_size": 64},
     "text_cfg": {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 2, "layers": 2},
 }
+SMALL_VIT: dict[str, Any] = {  # the grids of ViT-B/16, at a small width
+    **SMALL,
+    "vision_cfg": {"layers": 2, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 224},
+}
+
+
+@pytest.fixture(scope="module")
+def vit() -> CLIP:
+    torch.manual_seed(0)
+    return build_clip(SMALL_VIT).eval()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_ours_and_those_of_open_clip_are_found_by_name() -> None:
-    assert "tiny_rn" in embedded_architectures()
+    assert {"tiny_rn", "tiny_vit"} <= set(embedded_architectures())
     assert resolve_architecture("tiny_rn")["quick_gelu"] is True
     assert resolve_architecture("RN50-quickgelu") == open_clip.get_model_config("RN50-quickgelu")
 
@@ -258,6 +270,73 @@ def test_the_architecture_survives_json(tmp_path: Path, clip: CLIP) -> None:
     assert json.loads((tmp_path / "clip.json").read_text())["architecture"] == SMALL
 
 
+# Other input sizes
+
+
+def test_a_vit_at_another_size_is_what_open_clip_makes_of_it(vit: CLIP, tmp_path: Path) -> None:
+    from open_clip.model import resize_pos_embed
+
+    path = write(vit, "state dict", tmp_path)
+    state = dict(vit.state_dict())
+    sized = {**SMALL_VIT, "vision_cfg": {**SMALL_VIT["vision_cfg"], "image_size": 640}}
+    expected = build_clip(sized)
+    resize_pos_embed(state, expected)
+    expected.load_state_dict(state)
+    resized = load_clip(SMALL_VIT, path, image_size=640)
+    assert same(resized, expected)
+    assert resized.visual.positional_embedding.shape == (1 + 40 * 40, 16)
+    assert torch.equal(resized.visual.positional_embedding[0], vit.visual.positional_embedding[0]), "the class token's"
+    assert resized.visual.grid_size == (40, 40)
+    assert input_size(resized) == 640
+    # As `force_image_size` of open_clip: bicubic and antialiased.
+    grid = vit.visual.positional_embedding[1:].T.unflatten(1, (14, 14))[None]
+    smaller = load_clip(SMALL_VIT, path, image_size=96).visual.positional_embedding[1:]
+    by_hand = nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True)[0].flatten(1).T
+    torch.testing.assert_close(smaller, by_hand)
+
+
+def test_the_own_size_changes_nothing(vit: CLIP, clip: CLIP, tmp_path: Path) -> None:
+    assert same(load_clip(SMALL_VIT, write(vit, "state dict", tmp_path), image_size=224), vit)
+    assert input_size(load_clip(SMALL_VIT)) == 224
+    assert input_size(clip) == 64
+
+
+def test_random_weights_are_built_at_the_other_size() -> None:
+    assert load_clip(SMALL_VIT, image_size=96).visual.positional_embedding.shape == (1 + 6 * 6, 16)
+
+
+def test_a_resized_clip_is_saved_with_its_size(vit: CLIP, tmp_path: Path) -> None:
+    resized = load_clip(SMALL_VIT, write(vit, "state dict", tmp_path), image_size=96)
+    save_clip(resized, tmp_path / "clip", SMALL_VIT, {})
+    assert read_clip_config(tmp_path / "clip")["architecture"]["vision_cfg"]["image_size"] == 96
+    assert same(load_saved_clip(tmp_path / "clip"), resized)
+    assert SMALL_VIT["vision_cfg"]["image_size"] == 224
+
+
+@pytest.mark.parametrize(("size", "following"), [(100, 112), (0, 16), (-16, 16)])
+def test_sizes_are_whole_patches(size: int, following: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"image size {size} is not a multiple of .* 16; the next one is {following}"
+    ):
+        load_clip(SMALL_VIT, image_size=size)
+
+
+def test_only_a_vit_can_be_resized() -> None:
+    with pytest.raises(
+        ConfigError, match=r"image size 96: only a plain ViT.* its own \(64\).* ResNet .*leave the image"
+    ):
+        load_clip(SMALL, image_size=96)
+    timm = {**SMALL, "vision_cfg": {"timm_model_name": "convnext_base", "image_size": 224}}
+    with pytest.raises(ConfigError, match=r"this architecture's visual tower is a convnext_base"):
+        load_clip(timm, image_size=96)
+
+
+def test_images_are_square() -> None:
+    wide = {**SMALL_VIT, "vision_cfg": {**SMALL_VIT["vision_cfg"], "image_size": [32, 48]}}
+    with pytest.raises(ConfigError, match="reads images of 32x48 pixels; only square ones"):
+        input_size(build_clip(wide))
+
+
 # Features
 
 
@@ -274,6 +353,17 @@ def test_feature_maps_lead_to_the_image_embedding(clip: CLIP) -> None:
         c3, c4, last = resnet_feature_maps(clip.visual, images)
         assert (c3.shape, c4.shape, last.shape) == ((2, 32, 8, 8), (2, 64, 4, 4), (2, 128, 2, 2))
         torch.testing.assert_close(clip.visual.attnpool(last), clip.encode_image(images))
+
+
+def test_the_map_of_a_vit_is_its_projected_patch_tokens(vit: CLIP) -> None:
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    pooled, patches = vit_patch_map(vit.visual, images)
+    assert patches.shape == (2, 24, 14, 14)
+    assert patches.requires_grad
+    tokens = vit.visual.transformer(vit.visual._embeds(images))
+    expected = (vit.visual.ln_post(tokens) @ vit.visual.proj)[:, 1:]  # rows before columns, without the class token
+    torch.testing.assert_close(patches.flatten(2).transpose(1, 2), expected)
+    torch.testing.assert_close(pooled, vit.encode_image(images))
 
 
 def test_words_and_state_agree_with_the_whole_text_encoder(clip: CLIP) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +19,20 @@ from ris_core.config import ClipParams
 from ris_core.data.letterbox import letterbox_image, letterbox_mask
 from ris_core.data.shards import load_image
 from ris_core.data.text import encode
-from ris_core.errors import DataError
+from ris_core.errors import ConfigError, DataError
 from ris_core.models.clip import build_clip, normalise
 from ris_core.training import pretrain
 from ris_core.training.pretrain import (
     Captions,
     Tokens,
+    Views,
+    cells_of,
+    dense_map,
     draw,
     encode_phrases,
     encode_scenes,
     measure,
+    patch_loss,
     pretrain_clip,
     read_captions,
 )
@@ -35,6 +40,18 @@ from ris_core.training.pretrain import (
 CPU = torch.device("cpu")
 SIZE: int = ARCHITECTURE["vision_cfg"]["image_size"]
 PARAMS = ClipParams(steps=12, scenes_per_step=8, lr=3e-3, warmup_steps=2)
+VIT: dict[str, Any] = {
+    **ARCHITECTURE,
+    "vision_cfg": {
+        "image_size": SIZE,
+        "patch_size": 16,
+        "layers": 1,
+        "width": 32,
+        "head_width": 16,
+        "pool_type": "avg",
+    },
+}
+NAMES = {"retrieval@1", "phrase_to_object", "patch_accuracy", "patch_object"}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +63,12 @@ def captions(tiny: Tiny) -> Captions:
 def clip() -> nn.Module:
     torch.manual_seed(0)
     return build_clip(ARCHITECTURE)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return build_clip(VIT)
 
 
 def test_captions_are_read_with_their_letterboxed_regions(captions: Captions, tiny: Tiny) -> None:
@@ -139,19 +162,47 @@ def test_tokens_are_the_captions_cut_to_the_longest(clip: nn.Module) -> None:
     assert tokens[np.array([2])].shape == (1, 32), "no longer than the context"
 
 
-def test_scenes_are_encoded_as_open_clip_does_and_regions_where_they_are(captions: Captions, clip: nn.Module) -> None:
-    clip.eval()
+def test_the_dense_map_of_a_vit_is_that_of_open_clip(captions: Captions, vit: nn.Module) -> None:
+    images = normalise(captions.pixels[:3])
+    pooled, patches = dense_map(vit, images)
+    found = vit.visual.forward_intermediates(images, indices=1, output_fmt="NLC", normalize_intermediates=True)
+    expected = found["image_intermediates"][0] @ vit.visual.proj
+    torch.testing.assert_close(patches.flatten(2).transpose(1, 2), expected)
+    torch.testing.assert_close(pooled, vit.encode_image(images))
+    torch.testing.assert_close(pooled, patches.mean(dim=(2, 3)))  # what this architecture pools by
+
+
+def test_the_dense_map_of_a_resnet_is_on_its_last_grid(captions: Captions, clip: nn.Module) -> None:
+    pooled, patches = dense_map(clip.eval(), normalise(captions.pixels[:3]))
+    torch.testing.assert_close(pooled, clip.encode_image(normalise(captions.pixels[:3])))
+    assert patches.shape == (3, 32, SIZE // 32, SIZE // 32)
+
+
+def test_other_towers_have_no_dense_map(clip: nn.Module) -> None:
+    clip.visual = nn.Identity()
+    with pytest.raises(ConfigError, match="no dense map of a Identity: take CLIP's own ResNet or ViT"):
+        dense_map(clip, torch.zeros(1, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("tower", ["clip", "vit"])
+def test_scenes_are_encoded_as_open_clip_does_and_regions_where_they_are(
+    captions: Captions, tower: str, request: pytest.FixtureRequest
+) -> None:
+    clip = request.getfixturevalue(tower).eval()
     scenes, regions = draw(captions, PARAMS, 0)
     with torch.inference_mode():
-        seen, cut = encode_scenes(clip, captions, scenes, regions)
+        seen, cut, patches, owner = encode_scenes(clip, captions, scenes, regions)
         pixels = normalise(captions.pixels[captions.scene_image[scenes]])
         assert torch.allclose(seen, clip.encode_image(pixels, normalize=True), atol=1e-5)
         assert cut.shape == (len(regions), 32)
         assert torch.allclose(cut.norm(dim=1), torch.ones(len(regions)), atol=1e-5)
+        assert torch.allclose(patches.norm(dim=1), torch.ones(1), atol=1e-5)
+        images = np.unique(captions.scene_image[scenes])
+        assert (images[owner] == captions.region_image[regions]).all()
         # One at a time, each region finds its own image.
         for i, region in enumerate(regions[:4]):
             own = scenes[captions.scene_image[scenes] == captions.region_image[region]]
-            alone = encode_scenes(clip, captions, own, np.array([region]))[1]
+            alone = encode_scenes(clip, captions, own, np.array([region])).regions
             assert torch.allclose(alone[0], cut[i], atol=1e-4)
 
 
@@ -161,29 +212,66 @@ def test_phrases_are_encoded_as_open_clip_does(clip: nn.Module) -> None:
     assert torch.allclose(encode_phrases(clip, short), expected, atol=1e-5)
 
 
-def loss_over(clip: nn.Module, captions: Captions) -> float:
+def test_cells_of_a_box_have_their_middle_inside_it() -> None:
+    boxes = np.array([[0, 0, 0.5, 1], [0.13, 0.6, 0.9, 0.9], [0.3, 0.55, 0.35, 0.6], [0.99, 0, 1, 1]], np.float32)
+    cells = cells_of(boxes, (2, 4)).reshape(4, 2, 4).int().tolist()
+    assert cells[0] == [[1, 1, 0, 0], [1, 1, 0, 0]]
+    assert cells[1] == [[0, 0, 0, 0], [0, 1, 1, 1]]
+    assert cells[2] == [[0, 0, 0, 0], [0, 1, 0, 0]], "too small for any: the cell under its middle"
+    assert cells[3] == [[0, 0, 0, 1], [0, 0, 0, 1]]
+
+
+def test_the_patch_loss_is_the_share_that_the_region_gets() -> None:
+    patches = nn.functional.normalize(torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    phrases = nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0, 1, 1], [0, 0, 1, 1]], np.float32)
+    owner = torch.tensor([1, 0, 0])
+    views = Views(torch.empty(0), torch.empty(0), patches, owner)
+    loss = patch_loss(views, phrases, boxes, torch.tensor(5.0))
+    shares = []
+    for phrase, image, cells in zip(phrases, owner, cells_of(boxes, (4, 4)), strict=True):
+        answer = torch.softmax(5 * phrase @ patches[image].flatten(1), 0)
+        shares.append(answer[cells].sum())
+    torch.testing.assert_close(loss, -torch.stack(shares).log().mean())
+    assert shares[2].item() == pytest.approx(1)
+
+
+def loss_over(clip: nn.Module, captions: Captions) -> np.ndarray:
+    """Mean losses of scenes, regions and patches."""
     clip.eval()
     scene_tokens, region_tokens = Tokens(captions.scene_text, clip, CPU), Tokens(captions.region_text, clip, CPU)
-    losses = []
+    losses, scale = [], torch.tensor(10.0)
     with torch.inference_mode():
         for step in range(3):
             scenes, regions = draw(captions, PARAMS, step)
-            seen, cut = encode_scenes(clip, captions, scenes, regions)
-            losses.append(ClipLoss()(seen, encode_phrases(clip, scene_tokens[scenes]), torch.tensor(10.0)).item())
-            losses.append(ClipLoss()(cut, encode_phrases(clip, region_tokens[regions]), torch.tensor(10.0)).item())
-    return float(np.mean(losses))
+            views, phrases = (
+                encode_scenes(clip, captions, scenes, regions),
+                encode_phrases(clip, region_tokens[regions]),
+            )
+            of_scenes = ClipLoss()(views.scenes, encode_phrases(clip, scene_tokens[scenes]), scale)
+            of_patches = patch_loss(views, phrases, captions.region_box[regions] / SIZE, scale)
+            losses.append([of_scenes.item(), ClipLoss()(views.regions, phrases, scale).item(), of_patches.item()])
+    return np.mean(losses, axis=0)
 
 
-def test_a_few_steps_lower_the_loss_and_are_deterministic(captions: Captions, clip: nn.Module) -> None:
+@pytest.mark.parametrize(("architecture", "patches"), [(ARCHITECTURE, 0.0), (VIT, 1.0)])
+def test_a_few_steps_lower_the_loss_and_are_deterministic(
+    captions: Captions, architecture: dict[str, Any], patches: float
+) -> None:
+    params = replace(PARAMS, patch_loss=patches)
+    torch.manual_seed(0)
+    clip = build_clip(architecture)
     before = loss_over(clip, captions)
     start = {name: value.clone() for name, value in clip.state_dict().items()}
-    scores = pretrain_clip(clip, captions, PARAMS, CPU)
-    assert loss_over(clip, captions) < before - 0.1
-    assert set(scores) == {"retrieval@1", "retrieval@1_chance", "phrase_to_object", "phrase_to_object_chance"}
-    again = build_clip(ARCHITECTURE)
+    scores = pretrain_clip(clip, captions, params, CPU)
+    lower = before - loss_over(clip, captions)
+    assert lower[:2].sum() > 0.2
+    assert lower[2] > 0.2 or not patches
+    assert set(scores) == NAMES | {f"{name}_chance" for name in NAMES}
+    again = build_clip(architecture)
     again.load_state_dict(start)
     torch.manual_seed(5)
-    assert pretrain_clip(again, captions, PARAMS, CPU) == scores
+    assert pretrain_clip(again, captions, params, CPU) == scores
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in clip.state_dict().items())
 
 
@@ -195,6 +283,18 @@ def test_words_that_never_occur_are_left_alone(captions: Captions, clip: nn.Modu
     assert moved
     assert set(moved) <= used
     assert not clip.token_embedding.sparse
+
+
+def test_without_a_weight_scenes_teach_nothing(captions: Captions, clip: nn.Module) -> None:
+    before = clip.token_embedding.weight.detach().clone()
+    pretrain_clip(clip, captions, replace(PARAMS, steps=2, scene_loss=0.0), CPU)
+    moved = set((clip.token_embedding.weight != before).any(1).nonzero().flatten().tolist())
+    of_regions = {token for text in captions.region_text for token in encode(text)} | {0}
+    assert moved
+    assert moved <= of_regions
+    assert {token for text in captions.scene_text for token in encode(text)} - of_regions, (
+        "scenes have words of their own"
+    )
 
 
 def test_scores_are_measured_on_images_that_were_not_trained_on(
@@ -219,6 +319,10 @@ def test_scores_are_measured_on_images_that_were_not_trained_on(
     assert (len(trained[0]), len(measured[0])) == (18, 6)
 
 
+def places(text: str) -> bool:
+    return any(word in text.split() for word in ("left", "right", "top", "bottom", "middle", "center"))
+
+
 def test_chance_levels(captions: Captions, clip: nn.Module) -> None:
     scores = measure(clip, captions, CPU)
     shares = []  # by brute force: of an image's different boxes, those that carry the phrase
@@ -228,6 +332,9 @@ def test_chance_levels(captions: Captions, clip: nn.Module) -> None:
         right = {tuple(captions.region_box[r].tolist()) for r in rows if captions.region_text[r] == text}
         shares.append(len(right) / len(boxes))
     assert scores["phrase_to_object_chance"] == pytest.approx(np.mean(shares))
+    named = [share for share, text in zip(shares, captions.region_text, strict=True) if not places(text)]
+    assert len(named) < len(shares), "some captions have words of place"
+    assert scores["patch_object_chance"] == pytest.approx(np.mean(named))
     assert scores["retrieval@1_chance"] == pytest.approx(1 / 24)
     assert 0 <= scores["phrase_to_object"] <= 1
 
@@ -236,33 +343,45 @@ def test_chance_levels(captions: Captions, clip: nn.Module) -> None:
 def test_one_who_knows_scores_full_and_one_who_errs_scores_nothing(
     wrong: bool, clip: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images with a red and a blue half; vectors are looked up from the truth, or from its opposite."""
+    """Images with a red left and a blue lower right; vectors are looked up from the truth, or from its opposite."""
     names = ("one", "two", "three", "four", "five")
-    count = len(names)
+    count, red, blue = len(names), 6, 7
     data = Captions(
         torch.zeros(count, 3, SIZE, SIZE, dtype=torch.uint8),
         np.arange(count),
         [f"scene number {name}" for name in names],
         np.repeat(np.arange(count), 2),
-        np.array([[0, 0, 32, 64], [32, 0, 64, 64]] * count, np.float32),
+        np.array([[0, 0, 32, 64], [32, 32, 64, 64]] * count, np.float32),
         ["red", "blue"] * count,
     )
 
-    def seen(
-        clip: nn.Module, data: Captions, scenes: np.ndarray, regions: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def seen(clip: nn.Module, data: Captions, scenes: np.ndarray, regions: np.ndarray) -> Views:
         colours = torch.tensor([(data.region_text[r] == "red") != wrong for r in regions])
         places = (data.scene_image[scenes] + wrong) % count
-        return torch.eye(8)[places], torch.eye(8)[6 + colours.long()]
+        grid = torch.zeros(4, 4, dtype=torch.int64)  # the vector of the first scene stands for the background
+        grid[:, :2], grid[2:, 2:] = (blue, red) if wrong else (red, blue)
+        patches = torch.eye(8)[grid].permute(2, 0, 1).expand(len(scenes), -1, -1, -1)
+        owner = torch.from_numpy(data.region_image[regions] - data.scene_image[scenes].min())
+        return Views(torch.eye(8)[places], torch.eye(8)[torch.where(colours, red, blue)], patches, owner)
 
     def said(clip: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         texts = [[token for token in row if token] for row in tokens.tolist()]
         known = {tuple(encode(text)): i for i, text in enumerate(data.scene_text)}
-        known |= {tuple(encode("blue")): 6, tuple(encode("red")): 7}
+        known |= {tuple(encode("blue")): blue, tuple(encode("red")): red}
         return torch.eye(8)[[known[tuple(text)] for text in texts]]
 
     monkeypatch.setattr(pretrain, "encode_scenes", seen)
     monkeypatch.setattr(pretrain, "encode_phrases", said)
+    monkeypatch.setattr(pretrain, "MEASURED_AT_ONCE", 2)
     scores = measure(clip, data, CPU)
-    assert scores["phrase_to_object"] == scores["retrieval@1"] == (0.0 if wrong else 1.0)
-    assert (scores["phrase_to_object_chance"], scores["retrieval@1_chance"]) == (0.5, 0.2)
+    chances = {"retrieval@1": 0.2, "phrase_to_object": 0.5, "patch_accuracy": (8 + 4) / 2 / 16, "patch_object": 0.5}
+    assert chances.keys() == NAMES
+    for name, chance in chances.items():
+        assert scores[name] == (0.0 if wrong else 1.0), name
+        assert scores[f"{name}_chance"] == pytest.approx(chance), name
+
+
+def test_patches_are_measured_by_all_captions_where_each_has_words_of_place(captions: Captions, vit: nn.Module) -> None:
+    everywhere = replace(captions, region_text=[f"{text} on the left" for text in captions.region_text])
+    scores = measure(vit, everywhere, CPU)
+    assert scores["patch_object_chance"] == scores["phrase_to_object_chance"]
