@@ -15,7 +15,6 @@ from benchmarks.samples import EXPRESSIONS, HEIGHT, OBJECTS, SPLIT, WIDTH, write
 
 IMAGES = {"small": 8, "r50": 1}
 ROUNDS = {"small": 3, "r50": 2}
-DETAILS = {"r50": "CRIS-R50 at 416", "small": "small CRIS"}
 ROWS = 100_000
 VAL = (10_834, 1_500)  # expressions and images of RefCOCO val
 BOOTSTRAP_SAMPLES = 1000
@@ -32,7 +31,7 @@ def main() -> None:
     settings = {"device": args.device, "threads": args.threads, "expressions_per_image": EXPRESSIONS}
     report = Report("evaluate" if args.device == "cpu" else f"evaluate-{args.device}", settings)
     for name in ["small", "r50"] if args.full else ["small"]:
-        report_model(report, name, alone(measure_model, name, args.device, args.threads), args.device)
+        report_model(report, alone(measure_model, name, args.device, args.threads), args.device)
     report_meter(report, alone(measure_meter, args.threads))
     report.finish(args.record)
 
@@ -41,6 +40,7 @@ def main() -> None:
 class Found:
     """Timings of one model over `expressions` of `images`, and the GFLOP of the first two."""
 
+    title: str
     images: int
     expressions: int
     timings: dict[str, Timing]
@@ -104,15 +104,15 @@ def measure_model(name: str, device: str, threads: int) -> Found:
     difference = (logits["shared"] - logits["repeated"]).abs().max().item()
     if not difference < 0.01:
         raise RuntimeError(f"shared and repeated encodings of {name} differ by {difference}")
-    return Found(len(store), len(queries), timings, *work)
+    return Found(chosen.title, len(store), len(queries), timings, *work)
 
 
-def report_model(report: Report, name: str, found: Found, device: str) -> None:
+def report_model(report: Report, found: Found, device: str) -> None:
     """Rates with and without sharing beside what the saved work alone would bring, and the meter's parts beside the model."""
     clock = "CPU s" if device == "cpu" else "s"
     spent = {what: timing.cpu if device == "cpu" else timing.wall for what, timing in found.timings.items()}
     rate = {what: found.expressions / seconds for what, seconds in spent.items()}
-    report.add(f"{DETAILS[name]}, an encoding per expression", rate["repeated"], f"expressions/{clock}")
+    report.add(f"{found.title}, an encoding per expression", rate["repeated"], f"expressions/{clock}")
     report.add(
         "  an encoding per image", rate["shared"], f"expressions/{clock}", rate["shared"] / rate["repeated"], "that"
     )

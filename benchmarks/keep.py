@@ -18,7 +18,8 @@ from ris_core.config import load_params
 from ris_core.errors import ConfigError
 
 KEPT = (
-    "results/clip/metrics.json",
+    "results/clip/*.json",
+    "results/initialise/*/*",
     "results/train/*/*",
     "results/evaluate/*/*.json",
     "results/evaluate/*/gallery/answers.jpg",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Timing, best_of
 from pipelines.paths import PARAMS
-from ris_core.config import TrainParams, load_params
-from ris_core.models.clip import build_clip
-from ris_core.models.cris import CRIS, CRISConfig
+from ris_core.config import LossParams, TrainParams, load_params
+from ris_core.models.clip import load_clip
+from ris_core.models.cris import CRISConfig
+from ris_core.models.risclip import RISCLIPConfig
+from ris_core.models.systems import keeps_clip, system_class
 
 if TYPE_CHECKING:
     from ris_core.models.clip import Architecture
@@ -26,27 +28,48 @@ MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 class Case:
     """A model's sizes and how it is trained; `words` a sentence, which decides the number of tokens."""
 
+    title: str
+    system: str
     architecture: Architecture
-    config: CRISConfig
+    config: Any
     image_size: int
     train: TrainParams
     words: int
+    first_stage: bool = False
 
-    def build(self, device: str) -> CRIS:
-        """The model with random weights, always the same."""
+    def build(self, device: str) -> Any:
+        """The model with random weights, always the same; with `first_stage` the part that is trained before the rest."""
         torch.manual_seed(0)
-        return CRIS.build(build_clip(self.architecture), self.config).to(device)
+        system = system_class(self.system)
+        clip = load_clip(self.architecture, image_size=self.image_size if keeps_clip(self.system) else None)
+        return (system.first_stage if self.first_stage else system).build(clip, self.config).to(device)
 
 
 def case(name: str) -> Case:
-    """`small`, the embedded default of params.yaml, or `r50`: the published CRIS-R50 at 416, two samples of 17 tokens."""
-    if name == "small":
+    """A case of `CASES` by its name."""
+    if name.startswith("small"):
         params = load_params(PARAMS)
-        return Case(params.clip.architecture, params.cris, params.preprocess.image_size, params.train, words=8)
-    recipe = TrainParams(
-        batch_images=2, expressions_per_image=1, word_len=17, optimizer="adam", lr=1e-4, weight_decay=0.0
-    )
-    return Case("RN50-quickgelu", CRISConfig(), 416, recipe, words=20)
+        size = params.preprocess.image_size
+        if name == "small":
+            section, clip = params.cris, params.clip_rn
+            return Case("small CRIS", "cris", clip.architecture, section.model, size, section.train, words=8)
+        risclip, clip = params.risclip, params.clip_vit
+        assert risclip.initialise is not None
+        title, first = "small RISCLIP, stage 1", True
+        return Case(title, "risclip", clip.architecture, risclip.model, size, risclip.initialise, 8, first)
+    adam = TrainParams(batch_images=2, expressions_per_image=1, word_len=17, optimizer="adam", weight_decay=0.0)
+    if name == "r50":
+        return Case("CRIS-R50 at 416", "cris", "RN50-quickgelu", CRISConfig(), 416, adam, words=20)
+    images, each = (1, 2) if name == "risclip_b_shared" else (2, 1)
+    loss = LossParams(bce_weight=0.0, focal_weight=1.75, dice_weight=1.0)
+    train = TrainParams(batch_images=images, expressions_per_image=each, word_len=22, weight_decay=5e-3, loss=loss)
+    title = "RISCLIP-B at 640, stage 2" if name == "risclip_b_stage2" else "RISCLIP-B at 640, stage 1"
+    title += ", two expressions of one image" if images == 1 else ", two images"
+    first = name != "risclip_b_stage2"
+    return Case(title, "risclip", "ViT-B-16-quickgelu", RISCLIPConfig(), 640, train, 20, first)
+
+
+CASES = ("small", "small_risclip", "r50", "risclip_b", "risclip_b_shared", "risclip_b_stage2")
 
 
 def synchronise(device: str) -> Callable[[], object]:

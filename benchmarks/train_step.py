@@ -1,6 +1,6 @@
-"""Forward pass and training step of CRIS against the machine's matrix product: the published R50 and the small model.
+"""Forward pass and training step against the machine's matrix product: published sizes and the small models.
 
-python -m benchmarks.train_step [--models small r50] [--device cuda] [--threads 2] [--record]
+python -m benchmarks.train_step [--models small r50 risclip_b] [--device cuda] [--threads 2] [--record]
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from pathlib import Path
 
 from benchmarks.measure import Report, Timing, alone, best_of, peak_memory
 
-ROUNDS = {"small": 3, "r50": 2}
-DETAILS = {"r50": "CRIS-R50 at 416", "small": "small CRIS"}
+ROUNDS = {"small": 3, "small_risclip": 3, "r50": 2, "risclip_b": 2, "risclip_b_shared": 2, "risclip_b_stage2": 2}
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(ROUNDS), default=list(ROUNDS), help="default: both")
+    parser.add_argument("--models", nargs="+", choices=list(ROUNDS), default=list(ROUNDS), help="default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: bf16 autocast")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
@@ -28,7 +27,7 @@ def main() -> None:
     settings = {"device": args.device, "threads": args.threads}
     report = Report("train_step" if args.device == "cpu" else f"train_step-{args.device}", settings)
     for name in args.models:
-        report_case(report, name, alone(measure, name, args.device, args.threads), args.device)
+        report_case(report, alone(measure, name, args.device, args.threads), args.device)
     report.finish(args.record)
 
 
@@ -36,6 +35,7 @@ def main() -> None:
 class Found:
     """One model: timings and GFLOP of a forward pass and of a step over a batch of `samples` expressions."""
 
+    title: str
     images: int
     samples: int
     tokens: int
@@ -64,9 +64,9 @@ def measure(name: str, device: str, threads: int) -> Found:
     plan = BatchPlan(chosen.train.batch_images, chosen.train.expressions_per_image, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         store = ShardStore(write_store(Path(folder), plan.batch_images, chosen.image_size, chosen.words))
-        batches = TrainingBatches(store, SPLIT, plan, chosen.train.word_len)
-        runtime = LocalRuntime(Path(folder), device)
-        trainer = Trainer(chosen.build(device), batches, lambda model: {}, chosen.train, runtime)
+        model = chosen.build(device)
+        batches = TrainingBatches(store, SPLIT, plan, chosen.train.word_len, model.stride)
+        trainer = Trainer(model, batches, lambda model: {}, chosen.train, LocalRuntime(Path(folder), device))
         batch = batches[0]
     on_device = {key: value.to(device) for key, value in batch.items()}
 
@@ -90,6 +90,7 @@ def measure(name: str, device: str, threads: int) -> Found:
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_memory()
     samples, tokens = batch["tokens"].shape
     return Found(
+        chosen.title,
         plan.batch_images,
         samples,
         tokens,
@@ -101,10 +102,10 @@ def measure(name: str, device: str, threads: int) -> Found:
     )
 
 
-def report_case(report: Report, name: str, found: Found, device: str) -> None:
+def report_case(report: Report, found: Found, device: str) -> None:
     """Seconds a sample, and the share of the matrix product's rate that the model reaches."""
     clock = "CPU s" if device == "cpu" else "s"
-    report.add(f"{DETAILS[name]}: matrix product", found.matmul, f"GFLOP/{clock}")
+    report.add(f"{found.title}: matrix product", found.matmul, f"GFLOP/{clock}")
     report.add("  images in a batch", found.images, "images")
     report.add("  samples in a batch", found.samples, f"of {found.tokens} tokens")
     for what, timing, work in (

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines import evaluate, paths, prepare, preprocess, pretrain_clip, register, report, synthesize, train
+from pipelines import evaluate, initialise, paths, prepare, preprocess, pretrain_clip, register, report, synthesize
+from pipelines import train as train_stage
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +25,8 @@ for verb, module in (
     ("prepare", prepare),
     ("preprocess", preprocess),
     ("pretrain-clip", pretrain_clip),
-    ("train", train),
+    ("initialise", initialise),
+    ("train", train_stage),
     ("evaluate", evaluate),
     ("register", register),
     ("report", report),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ris_core.evaluation.metrics import Protocol
 
 CONTROLS = ("shuffled_in_image", "shuffled_across")  # sentences exchanged within an image, and over the whole split
+LOCATED = "located"  # the coarse map of a system that has one, scored as if it were the mask
 PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly busy
 
 
@@ -37,6 +38,7 @@ def main(
     from pipelines.stage import check_names, params
     from ris_core.data.dataset import ShardStore
     from ris_core.evaluation.metrics import PROTOCOLS
+    from ris_core.models.systems import system_class
 
     name = check_names(dataset, system)
     chosen = params()
@@ -46,9 +48,8 @@ def main(
     store = ShardStore(paths.shards(dataset))
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
-    tables = score(
-        chosen, paths.model(system, dataset), paths.shards(dataset), jobs(protocols, splits, chosen.evaluate)
-    )
+    wanted = jobs(protocols, splits, chosen.evaluate, hasattr(system_class(system), "locate"))
+    tables = score(chosen, paths.model(system, dataset), paths.shards(dataset), wanted)
 
     metrics: dict[str, Any] = {}
     with files.replaced_folder(paths.expressions(system, dataset)) as folder:
@@ -57,7 +58,7 @@ def main(
                 table = tables[f"{protocol.name}/{split}"]
                 metrics.setdefault(protocol.name, {})[split] = summary(table, protocol, chosen.evaluate)
                 pq.write_table(table, folder / f"{protocol.name}-{split}.parquet")
-    for control in CONTROLS:
+    for control in (*CONTROLS, LOCATED):
         if control not in tables or not tables[control].num_rows:  # no image has two referents in this split
             continue
         shuffled = summary(tables[control], protocols[0], chosen.evaluate)
@@ -82,8 +83,8 @@ def sorted_splits(known: Iterable[str]) -> list[str]:
     return sorted((split for split in known if split != "train"), key=lambda split: (split != "val", split))
 
 
-def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams) -> list[dict[str, Any]]:
-    """What is to be scored: each protocol on each split, and the shuffled controls under the first protocol."""
+def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, locates: bool) -> list[dict[str, Any]]:
+    """What is to be scored: each protocol on each split, and the controls under the first protocol."""
     found = [
         {"job": f"{protocol.name}/{split}", "protocol": protocol.name, "split": split, "seed": params.seed}
         for protocol in protocols
@@ -91,7 +92,7 @@ def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams) -
     ]
     if params.shuffled_split in splits:
         common = {"protocol": protocols[0].name, "split": params.shuffled_split, "seed": params.seed}
-        found += [{"job": control, **common} for control in CONTROLS]
+        found += [{"job": control, **common} for control in (*CONTROLS, *([LOCATED] if locates else []))]
     return found
 
 
@@ -131,10 +132,8 @@ def score(params: Params, model: Path, shards: Path, wanted: list[dict[str, Any]
             num_gpus=1 if use_gpu else 0,
         )
         table = cluster.collect(rows).sort_by("position")
-    done = {
-        job["job"]: table.filter(pc.equal(table["job"], job["job"])).drop_columns(["job", "position"]) for job in wanted
-    }
-    return done
+    names = [job["job"] for job in wanted]
+    return {name: table.filter(pc.equal(table["job"], name)).drop_columns(["job", "position"]) for name in names}
 
 
 def job_queries(store: Any, job: dict[str, Any]) -> list[Query]:
@@ -176,6 +175,7 @@ class Scorer:
             word_len=self.info["word_len"],
             split=piece["split"],
             images_per_batch=self.images_per_batch,
+            answer="locate" if piece["job"] == LOCATED else "segment",
         )
         table = table.append_column("job", pa.array([piece["job"]] * len(table), pa.string()))
         return table.append_column("position", pa.array(range(first, last), pa.int64()))
@@ -224,7 +224,7 @@ def headline(protocol: str, split: str, part: dict[str, Any]) -> str:
     line = f"{protocol:9s} {split:6s} mIoU {part['mIoU']:.3f} [{low:.3f}, {high:.3f}]  oIoU {part['oIoU']:.3f}  "
     line += f"Pr@0.5 {part['Pr@0.5']:.3f}  right object {part['right_object']:.3f}  "
     line += f"random object {part['random_object']['mIoU']:.3f} / {part['random_object']['oIoU']:.3f}"
-    for control in CONTROLS:
+    for control in (*CONTROLS, LOCATED):
         if control in part:
             line += f"  {control} {part[control]['mIoU']:.3f}"
     return line

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
-CLIP = Path("data/clip")
 REPORT = Path("results/report")
 
 
@@ -25,6 +24,24 @@ def audit(dataset: str) -> Path:
 
 def shards(dataset: str) -> Path:
     return Path("data/shards") / dataset
+
+
+def clip(name: str) -> Path:
+    """A CLIP that systems start from, as a folder that `ris_core.models.clip.load_saved_clip` reads."""
+    return Path("data/clip") / name
+
+
+def clip_scores(name: str) -> Path:
+    return Path("results/clip") / f"{name}.json"
+
+
+def start(system: str, dataset: str) -> Path:
+    """The model that training starts from, as a folder that `ris_core.models.systems.load_model` reads."""
+    return Path("models/start") / f"{system}-{dataset}"
+
+
+def initialisation(system: str, dataset: str) -> Path:
+    return Path("results/initialise") / f"{system}-{dataset}"
 
 
 def model(system: str, dataset: str) -> Path:

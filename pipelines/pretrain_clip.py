@@ -1,12 +1,12 @@
-"""Stage `pretrain_clip`: the CLIP that the systems start from, trained here or loaded from real weights.
+"""Stage `pretrain_clip`: a CLIP that systems start from, trained here or loaded from real weights.
 
-python -m pipelines.pretrain_clip
+python -m pipelines.pretrain_clip --clip rn
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -14,29 +14,33 @@ from pipelines import files, paths
 from pipelines.stage import run
 
 
-def main() -> None:
-    """Train the small CLIP on captioned scenes, or load and check the weights that `clip.weights` names."""
+def main(clip: Annotated[str, typer.Option(help="rn or vit: the sections clip_rn and clip_vit")]) -> None:
+    """Train a small CLIP on captioned scenes, or load and check the weights that its section names."""
     import torch
 
     from pipelines.stage import params
-    from ris_core.models.clip import load_clip, save_clip
+    from ris_core.config import CLIPS
+    from ris_core.errors import ConfigError
+    from ris_core.models.clip import input_size, load_clip, save_clip
     from ris_core.training.pretrain import pretrain_clip, read_captions
     from ris_core.training.runtime import best_device
 
-    chosen = params().clip
+    if clip not in CLIPS:
+        raise ConfigError(f"there is no CLIP '{clip}'; there are {', '.join(CLIPS)}")
+    everything = params()
+    chosen = getattr(everything, f"clip_{clip}")
     torch.manual_seed(chosen.seed)
-    clip = load_clip(chosen.architecture, chosen.weights)
+    model = load_clip(chosen.architecture, chosen.weights, chosen.image_size)
     if chosen.weights:
         print(f"using the weights {chosen.weights} for {chosen.architecture}: nothing to train", file=sys.stderr)
         scores = {}
     else:
-        root = paths.raw(chosen.dataset)
-        captions = root / Path(chosen.dataset) / "captions.json"
-        data = read_captions(root, captions, clip.visual.image_size)
-        scores = pretrain_clip(clip, data, chosen, torch.device(best_device()))
-    with files.replaced_folder(paths.CLIP) as folder:
-        save_clip(clip.cpu(), folder, chosen.architecture, {"weights": chosen.weights, **scores})
-    files.write_json(Path("results/clip/metrics.json"), {name: round(value, 4) for name, value in scores.items()})
+        root = paths.raw(everything.captions)
+        data = read_captions(root, root / everything.captions / "captions.json", input_size(model))
+        scores = pretrain_clip(model, data, chosen, torch.device(best_device()))
+    with files.replaced_folder(paths.clip(clip)) as folder:
+        save_clip(model.cpu(), folder, chosen.architecture, {"weights": chosen.weights, **scores})
+    files.write_json(paths.clip_scores(clip), {name: round(value, 4) for name, value in scores.items()})
     typer.echo("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 
 

@@ -102,8 +102,13 @@ def _experiment(client: MlflowClient, name: str) -> str:
     return found.experiment_id
 
 
-def open_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    """Id of the run called `name` (which ends in its fingerprint): the one there is, set running again, or a new one."""
+def open_run(
+    experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
+) -> str:
+    """Id of the run called `name` (which ends in its fingerprint): the one there is, set running again, or a new one.
+
+    A new one is shown under the run `parent`, if the store has that.
+    """
     client = connect()
     experiment_id = _experiment(client, experiment)
     found = client.search_runs([experiment_id], f"tags.`ris.run` = '{name}'", max_results=1)
@@ -112,10 +117,19 @@ def open_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mappin
         client.update_run(run_id, status="RUNNING")
         return run_id
     lineage = {"ris.run": name, "ris.git_commit": git_commit(), **dvc_tags(), **tags}
+    if parent is not None and has_run(parent):
+        lineage["mlflow.parentRunId"] = parent
     run_id = client.create_run(experiment_id, tags=lineage, run_name=name).info.run_id
     from mlflow.entities import Param
 
     client.log_batch(run_id, params=[Param(key, str(value)[:MAX_PARAM]) for key, value in flat(params).items()])
+    return run_id
+
+
+def open_parent(experiment: str, name: str) -> str:
+    """Id of a run that only holds others: the stages of one training are its children."""
+    run_id = open_run(experiment, name, {}, {})
+    connect().set_terminated(run_id)
     return run_id
 
 
@@ -173,11 +187,6 @@ def log_dataset(run_id: str, name: str, path: Path, digest: str, context: str) -
     dataset = MetaDataset(CodeDatasetSource(tags={"dvc.path": str(path)}), name=name, digest=digest[:36])
     entry = DatasetInput(dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
     connect().log_inputs(run_id, [entry])
-
-
-def log_files(run_id: str, folder: Path, name: str) -> None:
-    """Copy a folder of small files (pictures, tables) to the run's artifacts."""
-    connect().log_artifacts(run_id, str(folder), name)
 
 
 @contextmanager

@@ -26,7 +26,10 @@ from ris_core.data.synthetic import SyntheticSpec
 from ris_core.errors import ConfigError, list_problems
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.models.cris import CRISConfig
-from ris_core.models.systems import SYSTEMS
+from ris_core.models.risclip import RISCLIPConfig
+from ris_core.models.systems import SYSTEMS, has_first_stage
+
+CLIPS = ("rn", "vit")  # each has a section `clip_<name>` and a folder data/clip/<name>
 
 
 def option(
@@ -67,26 +70,37 @@ class ClipParams:
 
     architecture: str = "tiny_rn"
     weights: str | None = None
-    dataset: str = option("shapes", choices=tuple(FLAVOURS))
+    image_size: int | None = option(None, minimum=16)
     seed: int = 0
     steps: int = option(600, minimum=1)
     scenes_per_step: int = option(24, minimum=2)
     lr: float = option(1e-3, minimum=0)
     weight_decay: float = option(0.05, minimum=0)
     warmup_steps: int = option(30, minimum=0)
+    scene_loss: float = option(1.0, minimum=0)  # weight of scenes against their captions
+    patch_loss: float = option(
+        0.0, minimum=0
+    )  # weight of the patches of an image against each other, for a region's caption
 
 
 @dataclass
 class LossParams:
-    """Pixel loss: BCE (the "text-to-pixel contrastive" loss of CRIS) with optional foreground weight and dice term."""
+    """Pixel loss, a weighted sum of BCE, focal and dice terms; the default is the published one of CRIS: plain BCE."""
 
-    positive_weight: float = option(1.0, minimum=0)
+    bce_weight: float = option(1.0, minimum=0)
+    positive_weight: float = option(1.0, minimum=0)  # of foreground pixels in the BCE
     dice_weight: float = option(0.0, minimum=0)
+    focal_weight: float = option(0.0, minimum=0)
+    focal_alpha: float = option(0.65, minimum=0, below=1)
+    focal_gamma: float = option(2.0, minimum=0)
 
 
 @dataclass
 class TrainParams:
-    """Stage `train`. Steps are the optimiser's own; `batch_images` is the global batch over all workers."""
+    """One training. Steps are the optimiser's own; `batch_images` is the global batch over all workers.
+
+    The section `train` holds what all systems share; a system's own `train` (and `initialise`) is laid over it.
+    """
 
     seed: int = 0
     epochs: int = option(8, minimum=1)
@@ -100,7 +114,9 @@ class TrainParams:
     first_epoch_backbone_multiplier: float | None = option(None, minimum=0)
     positional_embeddings: str = option("head", choices=("head", "backbone"))
     weight_decay: float = option(0.01, minimum=0)
-    schedule: str = option("cosine", choices=("cosine", "multistep"))
+    schedule: str = option("cosine", choices=("cosine", "multistep", "poly"))
+    poly_power: float = option(1.0, minimum=0)
+    poly_each: str = option("epoch", choices=("epoch", "step"))  # when a polynomial schedule lowers the rate
     warmup_steps: int = option(0, minimum=0)
     milestones: list[int] = option([35])
     gamma: float = option(0.1, minimum=0)
@@ -111,9 +127,32 @@ class TrainParams:
     loss: LossParams = field(default_factory=LossParams)
     loader_workers: int = option(0, minimum=0)
     checkpoint_every_steps: int | None = option(None, minimum=1)
+    keep: str = option(
+        "best", choices=("best", "last")
+    )  # which epoch's weights are the result, best by validation mIoU
     validate_split: str = "val"
     validate_images: int | None = option(None, minimum=1)
     validate_protocol: str = option("ours", choices=tuple(PROTOCOLS))
+
+
+@dataclass
+class CRISSection:
+    """CRIS: which CLIP it starts from, its sizes, its training."""
+
+    clip: str = option("rn", choices=CLIPS)
+    model: CRISConfig = field(default_factory=CRISConfig)
+    initialise: TrainParams | None = None
+    train: TrainParams = field(default_factory=TrainParams)
+
+
+@dataclass
+class RISCLIPSection:
+    """RISCLIP: `initialise` trains its locator (stage 1), `train` its decoder (stage 2)."""
+
+    clip: str = option("vit", choices=CLIPS)
+    model: RISCLIPConfig = field(default_factory=RISCLIPConfig)
+    initialise: TrainParams | None = field(default_factory=TrainParams)
+    train: TrainParams = field(default_factory=TrainParams)
 
 
 @dataclass
@@ -158,12 +197,16 @@ class Params:
     synthetic_datasets: list[str] = option(["shapes"], choices=tuple(FLAVOURS))
     datasets: list[str] = option(["shapes"], choices=tuple(DATASETS))
     systems: list[str] = option(["cris"], choices=tuple(SYSTEMS))
+    clips: list[str] = option(["rn"], choices=CLIPS)
+    captions: str = option("shapes", choices=tuple(FLAVOURS))
     synthesize: SyntheticSpec = field(default_factory=SyntheticSpec)
     prepare: PrepareParams = field(default_factory=PrepareParams)
     preprocess: PreprocessParams = field(default_factory=PreprocessParams)
-    clip: ClipParams = field(default_factory=ClipParams)
-    cris: CRISConfig = field(default_factory=CRISConfig)
+    clip_rn: ClipParams = field(default_factory=ClipParams)
+    clip_vit: ClipParams = field(default_factory=ClipParams)
     train: TrainParams = field(default_factory=TrainParams)
+    cris: CRISSection = field(default_factory=CRISSection)
+    risclip: RISCLIPSection = field(default_factory=RISCLIPSection)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
     register: RegisterParams = field(default_factory=RegisterParams)
     cluster: ClusterParams = field(default_factory=ClusterParams)
@@ -203,9 +246,32 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         problems.append(f"preset: no preset named '{chosen}'; there are {', '.join(map(str, presets)) or 'none'}")
     if problems:
         raise ConfigError(list_problems(f"{path} cannot be used", problems))
-    params = OmegaConf.to_object(OmegaConf.merge(schema, raw, presets.get(chosen) or {}))
+    params = OmegaConf.to_object(OmegaConf.merge(schema, _inherit(OmegaConf.merge(raw, presets.get(chosen) or {}))))
     assert isinstance(params, Params)
+    problems = [
+        f"{system}.clip: '{name}' is not among clips ({', '.join(params.clips)})"
+        for system in params.systems
+        if (name := getattr(params, system).clip) not in params.clips
+    ]
+    problems += [
+        f"{system}.initialise: {system} has no stage of training before the one: set it to null"
+        for system in params.systems
+        if getattr(params, system).initialise is not None and not has_first_stage(system)
+    ]
+    if problems:
+        raise ConfigError(list_problems(f"{path} cannot be used", problems))
     return params
+
+
+def _inherit(merged: Any) -> Any:
+    """The trainings of each system, whether the file has them or not, laid over the section `train`; null stays null."""
+    schema = _schema()
+    for system in SYSTEMS:
+        for name in ("initialise", "train"):
+            own = (merged.get(system) or {}).get(name, schema[system][name] and {})
+            if own is not None:
+                OmegaConf.update(merged, f"{system}.{name}", OmegaConf.merge(merged.get("train") or {}, own))
+    return merged
 
 
 def preset_overrides(path: str | Path = "params.yaml") -> list[str]:
@@ -227,12 +293,23 @@ def digest(value: Any) -> str:
 
 
 def _schema() -> DictConfig:
-    schema = OmegaConf.structured(Params)
-    for name in schema:  # sections that are frozen dataclasses come read-only, also for the merge
+    return _editable(OmegaConf.structured(Params))
+
+
+def _editable(schema: DictConfig) -> DictConfig:
+    """The same schema; sections that are frozen dataclasses come read-only, also for the merge."""
+    schema._set_flag("readonly", False)
+    for name in schema:
         node = schema._get_node(name)
-        if isinstance(node, DictConfig):
-            node._set_flag("readonly", False)
+        if isinstance(node, DictConfig) and not node._is_none():
+            _editable(node)
     return schema
+
+
+def _section_type(hint: Any) -> tuple[Any, bool]:
+    """The dataclass behind the type of a section, and whether the section may be null."""
+    inner = [part for part in get_args(hint) if part is not type(None)]
+    return (inner[0], True) if inner else (hint, False)
 
 
 def _leaves(config: Any, prefix: str) -> list[tuple[str, Any]]:
@@ -260,18 +337,21 @@ def _misfits(schema: DictConfig, given: Any, prefix: str) -> list[str]:
         try:
             value = given[key]
             if isinstance(schema._get_node(key), DictConfig):
+                inner, optional = _section_type(hints[key])
                 if isinstance(value, DictConfig):
-                    problems += _misfits(schema[key], value, f"{name}.")
-                else:
-                    problems.append(f"{name}: expected a section with {', '.join(schema[key])}, found {value!r}")
+                    problems += _misfits(_editable(OmegaConf.structured(inner)), value, f"{name}.")
+                elif value is not None or not optional:
+                    known = ", ".join(item.name for item in dataclasses.fields(inner))
+                    problems.append(f"{name}: expected a section with {known}, found {value!r}")
                 continue
             typed = schema.copy()
             typed[key] = value
         except OmegaConfBaseException as error:
             problems.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        if get_origin(hints[key]) is tuple and len(typed[key]) != len(get_args(hints[key])):
-            problems.append(f"{name}: expected {len(get_args(hints[key]))} values, found {list(typed[key])}")
+        entries = get_args(hints[key])
+        if get_origin(hints[key]) is tuple and Ellipsis not in entries and len(typed[key]) != len(entries):
+            problems.append(f"{name}: expected {len(entries)} values, found {list(typed[key])}")
         problems += [f"{name}: {problem}" for problem in _out_of_range(typed[key], options[key])]
     return problems
 

@@ -36,12 +36,14 @@ class Workplace:
     trained: Path
 
     def link(self, *wanted: str) -> None:
-        """Make results appear here: any of raw, records, shards, clip, model."""
+        """Make results appear here: any of raw, records, shards, clip, clip_vit, start, model."""
         sources = {
             "raw": (paths.raw(DATASET), self.tiny.raw),
             "records": (paths.records(DATASET), self.tiny.records_file),
             "shards": (paths.shards(DATASET), self.tiny.shards),
-            "clip": (paths.CLIP, self.tiny.clip),
+            "clip": (paths.clip("rn"), self.tiny.clip),
+            "clip_vit": (paths.clip("vit"), self.tiny.clip_vit),
+            "start": (paths.start(SYSTEM, DATASET), self.trained),
             "model": (paths.model(SYSTEM, DATASET), self.trained),
         }
         for name in wanted:
@@ -64,9 +66,7 @@ class Workplace:
         """Change parameters: sections are merged into what is there, other values replaced."""
         place = self.root / "params.yaml"
         content = yaml.safe_load(place.read_text())
-        for name, change in sections.items():
-            content[name] = {**content.get(name, {}), **change} if isinstance(change, dict) else change
-        place.write_text(json.dumps(content))  # JSON is YAML
+        place.write_text(json.dumps(merged(content, sections)))  # JSON is YAML
         return load_params(place)
 
     def files(self) -> set[str]:
@@ -80,6 +80,15 @@ class Workplace:
         return python("-m", f"pipelines.{verb}", *arguments, cwd=self.root, **environment)
 
 
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dictionaries, the second laid over the first."""
+    found = dict(below)
+    for name, value in above.items():
+        under = found.get(name)
+        found[name] = merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return found
+
+
 def open_workplace(root: Path, tiny: Tiny, trained: Path) -> Workplace:
     """An empty directory with the small world's parameters."""
     root.mkdir()
@@ -87,26 +96,28 @@ def open_workplace(root: Path, tiny: Tiny, trained: Path) -> Workplace:
     return Workplace(root, tiny, trained)
 
 
-def export_untrained(tiny: Tiny, folder: Path) -> None:
-    """A model folder as stage `train` leaves it, with random weights."""
+def export_untrained(tiny: Tiny, folder: Path, system: str = SYSTEM) -> None:
+    """A model folder as stage `train` leaves it, with random weights; stage `initialise` leaves less `info`."""
     import torch
 
     from ris_core.models.clip import load_saved_clip, read_clip_config
     from ris_core.models.systems import build_model, export_model
 
     params = tiny.params()
+    section = getattr(params, system)
+    clip = {"rn": tiny.clip, "vit": tiny.clip_vit}[section.clip]
     torch.manual_seed(1)
-    weights = build_model(SYSTEM, params.cris, load_saved_clip(tiny.clip)).state_dict()
+    weights = build_model(system, section.model, load_saved_clip(clip)).state_dict()
     info = {
         "dataset": DATASET,
-        "word_len": params.train.word_len,
+        "word_len": section.train.word_len,
         "image_size": params.preprocess.image_size,
         "data_digest": fingerprint.file_digest(tiny.shards / "manifest.json"),
-        "clip_digest": read_clip_config(tiny.clip)["weights_sha256"],
+        "clip_digest": read_clip_config(clip)["weights_sha256"],
         "mlflow_run": "0" * 32,
     }
     folder.mkdir(parents=True)
-    export_model(folder, SYSTEM, weights, params.cris, tiny.clip, info)
+    export_model(folder, system, weights, section.model, clip, info)
 
 
 @contextmanager

@@ -39,17 +39,17 @@ ARCHITECTURE: dict[str, Any] = {
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+VIT_ARCHITECTURE: dict[str, Any] = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
 PARAMS = f"""
+systems: [cris, risclip]
+clips: [rn, vit]
 synthesize: {{seed: 5, canvas: 80, train: 24, val: 6, test: 4, refs_per_image: 3}}
 preprocess: {{image_size: {IMAGE_SIZE}, images_per_shard: {IMAGES_PER_SHARD}}}
-cris:
-  vis_dim: 32
-  fpn_out: [16, 32, 32]
-  num_layers: 1
-  num_heads: 2
-  ffn_dim: 32
-  dropout: 0.1
-  freeze_token_embedding: true
 train:
   epochs: 2
   steps_per_epoch: 3
@@ -58,6 +58,28 @@ train:
   word_len: 12
   lr: 1.0e-3
   precision: fp32
+cris:
+  model:
+    vis_dim: 32
+    fpn_out: [16, 32, 32]
+    num_layers: 1
+    num_heads: 2
+    ffn_dim: 32
+    dropout: 0.1
+    freeze_token_embedding: true
+risclip:
+  model:
+    cfe_layers: 1
+    cfe_dim: 16
+    cfe_heads: 2
+    adapter_dim: 4
+    ske_blocks: 1
+    ske_heads: 2
+    ske_mlp_ratio: 1.0
+    decoder_channels: [8]
+    skip_layers: [2]
+  initialise: {{lr: 5.0e-3, ema_decay: 0.5, loss: &loss {{bce_weight: 0.0, focal_weight: 1.75, dice_weight: 1.0}}}}
+  train: {{ema_decay: 0.5, loss: *loss}}
 evaluate: {{bootstrap_samples: 50, images_per_batch: 4}}
 cluster: {{cpus_per_worker: 1, use_gpu: "no", max_failures: 0, evaluate_actors: 1}}
 """
@@ -65,7 +87,9 @@ cluster: {{cpus_per_worker: 1, use_gpu: "no", max_failures: 0, evaluate_actors: 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A world of 38 pictures: raw/ (official REFER files), records.parquet, shards/, clip/ (random), params.yaml."""
+    """A world of 38 pictures: raw/ (official REFER files), records.parquet, shards/, params.yaml, and two CLIPs with
+    random weights: clip/ with a ResNet, clip_vit/ with a ViT.
+    """
 
     root: Path
 
@@ -84,6 +108,10 @@ class Tiny:
     @property
     def clip(self) -> Path:
         return self.root / "clip"
+
+    @property
+    def clip_vit(self) -> Path:
+        return self.root / "clip_vit"
 
     @property
     def params_file(self) -> Path:
@@ -133,8 +161,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         for i, first in enumerate(range(0, len(records), IMAGES_PER_SHARD))
     ]
     write_manifest(world.shards, DATASET, options, entries)
-    torch.manual_seed(0)
-    save_clip(build_clip(ARCHITECTURE), world.clip, ARCHITECTURE, {})
+    for folder, architecture in ((world.clip, ARCHITECTURE), (world.clip_vit, VIT_ARCHITECTURE)):
+        torch.manual_seed(0)
+        save_clip(build_clip(architecture), folder, architecture, {})
     return world
 
 

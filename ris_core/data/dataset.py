@@ -128,14 +128,24 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
     """Map-style dataset over the steps of one epoch: item `step` is rank's whole batch.
 
     A batch: image uint8 (B, 3, S, S); tokens int64 (N, L) with L the longest sentence of the batch; image_index int64
-    (N,), the image each expression belongs to; target uint8 (N, 1, S/4, S/4), 0..255, the warped mask. The last groups
-    of an epoch that do not fill a batch are dropped (they come in another epoch's permutation).
+    (N,), the image each expression belongs to; target uint8 (N, 1, S/stride, S/stride), 0..255, the warped mask. The
+    last groups of an epoch that do not fill a batch are dropped (they come in another epoch's permutation).
     """
 
-    def __init__(self, store: ShardStore, split: str, plan: BatchPlan, word_len: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        store: ShardStore,
+        split: str,
+        plan: BatchPlan,
+        word_len: int,
+        stride: int = 4,
+        rank: int = 0,
+        world: int = 1,
+    ):
         if plan.batch_images % world:
             raise DataError(f"a global batch of {plan.batch_images} images does not divide over {world} workers")
-        self.store, self.plan, self.word_len, self.rank, self.world = store, plan, word_len, rank, world
+        self.store, self.plan, self.word_len, self.stride = store, plan, word_len, stride
+        self.rank, self.world = rank, world
         self.refs = np.flatnonzero(store.ref_split == split)
         if not len(self.refs):
             store.images_of(split)
@@ -190,7 +200,7 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
 
     def _target(self, image: int, ann_id: int) -> np.ndarray:
         store = self.store
-        return letterbox_mask(store.mask(image, ann_id), store.image_size, stride=4, mode=store.resample)
+        return letterbox_mask(store.mask(image, ann_id), store.image_size, stride=self.stride, mode=store.resample)
 
     def loader(self, epoch: int, first_step: int = 0, workers: int = 0) -> DataLoader[dict[str, torch.Tensor]]:
         """Batches of `epoch` from `first_step` on, made ahead by `workers` processes (0: in this one)."""

@@ -143,7 +143,7 @@ def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, op
         "ris.entry": json.dumps(entry),
     }
     table = _table(rows, images, ends).replace_schema_metadata(metadata)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a worker that was given up may still be writing
     with HashedFile(temporary) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     os.replace(temporary, path)

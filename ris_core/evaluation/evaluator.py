@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -121,8 +121,11 @@ def evaluate(
     split: str,
     images_per_batch: int = 8,
     with_objects: bool = True,
+    answer: Literal["segment", "locate"] = "segment",
 ) -> pa.Table:
     """Score `queries` (grouped by image) and return a table with `TABLE_SCHEMA`.
+
+    `answer` is the method of the model whose logits are scored: its masks, or the coarse map of a system that has one.
 
     `with_objects` also compares each prediction with every annotated object of its image (is the best-covered one the
     right one?) and adds the expectation of picking one of these objects at random; without it these columns are null.
@@ -140,7 +143,11 @@ def evaluate(
         longest = min(word_len, max(map(len, texts)))
         tokens = torch.from_numpy(pad_token_batch(texts, longest)).to(device)
         index = torch.tensor([place[query.image] for query in group], device=device)
-        probabilities = model.segment(features, tokens, index).float().sigmoid()[:, 0]  # type: ignore[operator]
+        logits = getattr(model, answer)(features, tokens, index).float()
+        if answer == "locate":  # its cells mean areas, those of a mask the pixels at which targets are sampled
+            size = store.image_size // int(model.stride)  # type: ignore[arg-type]
+            logits = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+        probabilities = logits.sigmoid()[:, 0]
         for image in images:
             chosen = [i for i, query in enumerate(group) if query.image == image]
             rows += _score_image(

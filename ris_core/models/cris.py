@@ -22,9 +22,12 @@ from ris_core.data.text import PAD_ID
 from ris_core.errors import ConfigError, WeightsError, list_problems
 from ris_core.models.clip import build_clip, encode_words, load_strictly, resnet_feature_maps
 from ris_core.models.cris_layers import Decoder, ImageFeatures, Neck, Projector, spatial_attention_pool
+from ris_core.training.losses import segmentation_loss
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
+
+    from ris_core.config import LossParams
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class CRIS(nn.Module):
         ConfigError: the CLIP is not a ResNet one, or its text is not vis_dim wide.
     """
 
+    stride = 4
+
     def __init__(self, clip: CLIP, config: CRISConfig) -> None:
         super().__init__()
         from open_clip.modified_resnet import ModifiedResNet
@@ -80,6 +85,7 @@ class CRIS(nn.Module):
                 f"vis_dim is {config.vis_dim}, but the CLIP's text is {text_width} wide: they must be equal"
             )
         self.config = config
+        self.context_length = int(clip.context_length)
         pool = clip.visual.attnpool
         width, embed_dim = pool.c_proj.in_features, pool.c_proj.out_features
         pool.connect = nn.Sequential(nn.Conv2d(width, embed_dim, 1, bias=False), nn.BatchNorm2d(embed_dim))
@@ -146,6 +152,10 @@ class CRIS(nn.Module):
             {"name": "backbone", "params": groups["backbone"], "lr": lr * backbone_lr_multiplier},
             {"name": "head", "params": groups["head"], "lr": lr},
         ]
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        """Of the logits that `forward` gave; targets (N, 1, H/4, W/4)."""
+        return segmentation_loss(output, target, params)
 
     def official_state_dict(self) -> dict[str, torch.Tensor]:
         """Detached CPU tensors under the keys of the official checkpoints (without "module.")."""

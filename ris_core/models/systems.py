@@ -1,9 +1,24 @@
-"""The registry of systems, and the folder in which a trained model travels.
+"""The registry of systems, and the folder in which a model travels.
 
-    model.safetensors    all weights
-    model.json           system, its configuration, its CLIP's architecture, and where it came from (`info`)
+    model.safetensors    the weights that training changes
+    model.json           system, its configuration, and where it came from (`info`)
+    clip/                clip.json, the architecture of the CLIP it stands on; for a system that keeps CLIP frozen also
+                         clip.safetensors, whose checksum clip.json names
 
-A fifth system is one module with `build(clip, config)` and one line here.
+A fifth system is one module and one line here. Its class has
+
+    build(clip, config)                                classmethod: fresh layers on a CLIP
+    stride                                             input pixels per cell of its mask logits
+    context_length                                     the most tokens a sentence may have
+    encode_image(images)                               what needs no text, once per image
+    segment(features, tokens, image_index)             mask logits (N, 1, S/stride, S/stride)
+    forward(images, tokens, image_index) -> output     one training step's forward pass
+    loss(output, target, params)                       of that output
+    param_groups(lr, backbone_lr_multiplier, pos_embed_group)
+
+and may have `locate(features, tokens, image_index)`, a coarse map (N, 1, g, g) that people can look at and that is scored
+beside the masks; `first_stage`, the class of a part that is trained before the rest, with `adopt(state)` to take over its
+weights; and `frozen_clip = True`, if its state dict leaves CLIP's weights out.
 """
 
 from __future__ import annotations
@@ -11,6 +26,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,51 +37,62 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ris_core.errors import ConfigError, WeightsError
-from ris_core.models.clip import build_clip, read_clip_config
+from ris_core.models.clip import CONFIG_FILE, WEIGHTS_FILE, build_clip, load_saved_clip, read_clip_config
 
-FORMAT = 1
-SYSTEMS = {"cris": ("ris_core.models.cris", "CRIS", "CRISConfig")}  # name -> module, class, configuration
+FORMAT = 2
+CLIP_FOLDER = "clip"
+SYSTEMS = {  # name -> module, class, configuration
+    "cris": ("ris_core.models.cris", "CRIS", "CRISConfig"),
+    "risclip": ("ris_core.models.risclip", "RISCLIP", "RISCLIPConfig"),
+}
 
 
-def _parts(system: str) -> tuple[Any, Any]:
-    """A system's class, which has `build(clip, config)`, and its configuration class."""
+def system_class(system: str) -> Any:
+    """The class of a system, as described above. Raises ConfigError for an unknown name."""
     if system not in SYSTEMS:
         raise ConfigError(f"unknown system '{system}'; there are {', '.join(SYSTEMS)}")
-    module, model, config = SYSTEMS[system]
-    loaded = importlib.import_module(module)
-    return getattr(loaded, model), getattr(loaded, config)
+    module, name, _ = SYSTEMS[system]
+    return getattr(importlib.import_module(module), name)
+
+
+def keeps_clip(system: str) -> bool:
+    """Whether a system leaves CLIP as it is, and its weights out of its own."""
+    return bool(getattr(system_class(system), "frozen_clip", False))
+
+
+def has_first_stage(system: str) -> bool:
+    """Whether a part of a system is trained before the rest."""
+    return hasattr(system_class(system), "first_stage")
 
 
 def build_model(system: str, config: Any, clip: nn.Module) -> nn.Module:
     """A system with fresh layers on a given CLIP. Raises ConfigError for an unknown name."""
-    return _parts(system)[0].build(clip, config)
+    return system_class(system).build(clip, config)
 
 
 def export_model(
     folder: Path, system: str, weights: dict[str, torch.Tensor], config: Any, clip: Path, info: dict[str, Any]
 ) -> None:
-    """Write a model folder; `clip` is the folder of the CLIP it was built on (only its architecture is copied).
+    """Write a model folder; `clip` is the folder of the CLIP it was built on (`clip/` of another model's folder does).
 
-    Each file appears whole or not at all.
+    Each file appears whole or not at all, model.json last.
     """
-    content = {
-        "format": FORMAT,
-        "system": system,
-        "config": asdict(config),
-        "clip": read_clip_config(clip)["architecture"],
-        "info": info,
-    }
+    (folder / CLIP_FOLDER).mkdir(parents=True, exist_ok=True)
     partial = folder / "model.partial"
+    for name in (WEIGHTS_FILE, CONFIG_FILE) if keeps_clip(system) else (CONFIG_FILE,):
+        shutil.copy(clip / name, partial)
+        os.replace(partial, folder / CLIP_FOLDER / name)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(partial))
     os.replace(partial, folder / "model.safetensors")
+    content = {"format": FORMAT, "system": system, "config": asdict(config), "info": info}
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, folder / "model.json")
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a folder, in evaluation mode, and its `info` (with 'system' added).
+def read_model_info(folder: str | Path) -> dict[str, Any]:
+    """{"system", "config", "info"} of a model folder, without its weights.
 
-    Raises WeightsError if files are missing, damaged, of another format, or do not fit the configuration beside them.
+    Raises WeightsError if files are missing, damaged or of another format.
     """
     folder = Path(folder)
     missing = [name for name in ("model.json", "model.safetensors") if not (folder / name).exists()]
@@ -75,14 +102,28 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
         content = json.loads((folder / "model.json").read_text())
     except ValueError as error:
         raise WeightsError(f"{folder}/model.json is damaged ({error}); export the model again") from error
-    if content.get("format") != FORMAT:
-        raise WeightsError(f"{folder}/model.json has format {content.get('format')!r}, this code reads {FORMAT}")
-    _, config_class = _parts(content["system"])
+    if content.pop("format", None) != FORMAT:
+        raise WeightsError(f"{folder}/model.json has another format than {FORMAT}, the one read here; export it again")
+    return content
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a folder, in evaluation mode, and its `info` (with 'system' added).
+
+    Raises WeightsError if files are missing, damaged, of another format, or do not fit the configuration beside them.
+    """
+    folder = Path(folder)
+    content = read_model_info(folder)
+    system = system_class(content["system"])
+    module, _, config_name = SYSTEMS[content["system"]]
     try:
-        config = config_class(**content["config"])
+        config = getattr(importlib.import_module(module), config_name)(**content["config"])
     except TypeError as error:
         raise WeightsError(f"{folder}/model.json is of another version of {content['system']} ({error})") from error
-    model = build_model(content["system"], config, build_clip(content["clip"]))
+    clip = folder / CLIP_FOLDER
+    frozen = keeps_clip(content["system"])
+    base = load_saved_clip(clip) if frozen else build_clip(read_clip_config(clip)["architecture"])
+    model = system.build(base, config)
     try:
         model.load_state_dict(load_file(str(folder / "model.safetensors")))
     except (RuntimeError, SafetensorError) as error:

@@ -18,12 +18,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ris_core.config import TrainParams
+from ris_core.config import LossParams, TrainParams
 from ris_core.data.dataset import TrainingBatches
 from ris_core.errors import ConfigError
 from ris_core.models.clip import load_strictly, normalise
 from ris_core.training.checkpoint import Checkpoint, Position, cpu_copy
-from ris_core.training.losses import segmentation_loss
 from ris_core.training.optim import make_optimizer, set_learning_rates
 from ris_core.training.runtime import Runtime, share_buffers
 
@@ -31,9 +30,16 @@ LOG_EVERY = 20
 
 
 class Trainable(Protocol):
-    """What the loop asks of a system beside being an `nn.Module` of (images, tokens, image_index) -> logits."""
+    """What the loop asks of a system beside being an `nn.Module` of (images, tokens, image_index) -> output.
+
+    `stride` is the size of an input pixel in targets: they are (N, 1, S/stride, S/stride).
+    """
+
+    stride: int
 
     def param_groups(self, lr: float, backbone_lr_multiplier: float, pos_embed_group: str) -> list[dict[str, Any]]: ...
+
+    def loss(self, output: Any, target: torch.Tensor, params: LossParams) -> torch.Tensor: ...
 
 
 Validate = Callable[[nn.Module], dict[str, float]]
@@ -130,10 +136,8 @@ class Trainer:
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         images = normalise(batch["image"]).contiguous(memory_format=torch.channels_last)
         with self.autocast:
-            logits = self.step_model(images, batch["tokens"], batch["image_index"])
-        loss = segmentation_loss(
-            logits, batch["target"], self.params.loss.positive_weight, self.params.loss.dice_weight
-        )
+            output = self.step_model(images, batch["tokens"], batch["image_index"])
+        loss = self.model.loss(output, batch["target"], self.params.loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.params.clip_grad_norm:
@@ -157,7 +161,7 @@ class Trainer:
         metrics = {"train/loss": self.train_loss, **self.validate(weights)}
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
         position.history.append({"epoch": position.epoch, **metrics})
-        if metrics["val/mIoU"] >= position.best_score:
+        if self.params.keep == "last" or metrics["val/mIoU"] >= position.best_score:
             position.best_score, position.best_epoch = metrics["val/mIoU"], position.epoch
             self.best = cpu_copy(weights.state_dict())
         if self.runtime.rank == 0:
@@ -171,11 +175,15 @@ def moving_average(decay: float) -> Callable[[Tensors, Tensors, Any], None]:
     """In-place update for `AveragedModel`: average <- decay * average + (1 - decay) * value; integers are copied.
 
     torch's own function computes average + (1 - decay) * (value - average), which makes NaN of the -inf in CLIP's
-    causal mask, a buffer.
+    causal mask, a buffer. A tensor that the average shares with the model (a frozen CLIP) is left alone.
     """
 
     @torch.no_grad()
     def update(averages: Tensors, values: Tensors, _: Any) -> None:
+        own = [i for i, average in enumerate(averages) if average.data_ptr() != values[i].data_ptr()]
+        if not own:
+            return
+        averages, values = [averages[i] for i in own], [values[i] for i in own]
         if averages[0].is_floating_point():
             torch._foreach_mul_(averages, decay)
             torch._foreach_add_(averages, values, alpha=1 - decay)

@@ -34,6 +34,9 @@ def learning_rate_factor(params: TrainParams, epoch: int, step: int, steps_per_e
     if params.schedule == "multistep":
         # CRIS steps its MultiStepLR after each epoch: milestone 35 lowers the rate from the 36th epoch on.
         return warm * params.gamma ** bisect.bisect_right(params.milestones, epoch)
+    if params.schedule == "poly":
+        share = epoch / params.epochs if params.poly_each == "epoch" else done / (params.epochs * steps_per_epoch)
+        return warm * (1 - share) ** params.poly_power
     return warm * 0.5 * (1 + math.cos(math.pi * done / (params.epochs * steps_per_epoch)))
 
 

@@ -64,6 +64,10 @@ class LocalRuntime:
     def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
         if self.rank == 0 and checkpoint is not None:
             checkpoints.save(self.folder, checkpoint)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until every process is here."""
         if self.world > 1:
             dist.barrier()
 

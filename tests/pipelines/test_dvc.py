@@ -22,7 +22,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ["synthesize", "prepare", "preprocess", "pretrain_clip", "train", "evaluate", "register", "report"]
+MAKING = ["synthesize", "prepare", "preprocess", "pretrain_clip", "initialise", "train"]
+VERBS = [*MAKING, "evaluate", "register", "report"]
 # How a stage is started, where it runs and where its files lie; none of it decides what comes out.
 PLUMBING = {
     *(f"pipelines/{name}.py" for name in ("cluster", "files", "fingerprint", "paths", "stage", "tracking")),
@@ -57,7 +58,7 @@ def expanded() -> dict[str, dict[str, str]]:
 def fill(text: str, item: dict[str, str]) -> str:
     """A template of dvc.yaml with its matrix values and parameters put in."""
     text = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], text)
-    return re.sub(r"\$\{(\w+)\.(\w+)\}", lambda match: str(params()[match[1]][match[2]]), text)
+    return re.sub(r"\$\{(\w+)\}", lambda match: str(params()[match[1]]), text)
 
 
 def outputs(stage: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -138,7 +139,10 @@ def test_small_results_are_in_git_and_large_ones_in_the_cache(verb: str) -> None
 def test_a_stage_reads_its_own_section_of_the_parameters() -> None:
     read = {verb: set(stage.get("params", [])) - {"preset", "presets.${preset}"} for verb, stage in stages().items()}
     own = {verb: {verb} for verb in ("synthesize", "prepare", "preprocess", "evaluate", "register")}
-    assert read == {**own, "pretrain_clip": {"clip"}, "train": {"train", "${item.system}"}, "report": set()}
+    own["pretrain_clip"] = {"captions", "clip_${item.clip}"}
+    own["initialise"] = {"train", *(f"${{item.system}}.{name}" for name in ("clip", "model", "initialise"))}
+    own["train"] = {"train", "${item.system}.model", "${item.system}.train"}
+    assert read == {**own, "report": set()}
     for verb, sections in read.items():
         assert {"preset", "presets.${preset}"} <= set(stages()[verb].get("params", [])) or not sections
 
@@ -160,7 +164,15 @@ stage = json.loads(Path("plan.json").read_text())[command]
 with open("runs.txt", "a") as log:
     log.write(stage["name"] + "\\n")
 params = yaml.safe_load(Path("params.yaml").read_text())
-read = [str(params.get(name)) for name in stage["params"]]
+read = []
+for name in stage["params"]:
+    value = params
+    for key in name.split("."):
+        value = (value or {{}}).get(key)
+    read.append(str(value))
+if stage["name"].startswith("initialise@"):  # which reads one CLIP of those it depends on
+    own = params[stage["name"].split("@")[1].split("-")[0]]["clip"]
+    stage["data"] = [f"{{place}}/{{own}}" if place == "data/clip" else place for place in stage["data"]]
 for place in map(Path, stage["data"]):
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     read += [file.read_text() for file in files if file.is_file()]
@@ -225,29 +237,42 @@ class Copy:
         self.dvc("repro")
         return set(log.read_text().splitlines()) if log.exists() else set()
 
-    def edit(self, file: str, old: str, new: str) -> None:
-        place = self.root / file
-        text = place.read_text()
-        assert text.count(old) == 1, (file, old, text.count(old))
-        place.write_text(text.replace(old, new))
+    def set(self, key: str, value: Any) -> None:
+        """Change one parameter, which must be there."""
+        place = self.root / "params.yaml"
+        content = section = yaml.safe_load(place.read_text())
+        *sections, name = key.split(".")
+        for each in sections:
+            section = section[each]
+        assert section[name] != value
+        section[name] = value
+        place.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def names(*verbs: str) -> set[str]:
-    """The names of all instances of these stages."""
-    return {name for name in expanded() if name.split("@")[0] in verbs}
+def names(*verbs: str, only: str = "") -> set[str]:
+    """The names of all instances of these stages, or only those of one system or CLIP."""
+    found = {name: item for name, item in expanded().items() if name.split("@")[0] in verbs}
+    return {name for name, item in found.items() if not only or not item or only in item.values()}
 
 
 def test_dvc_reruns_what_a_change_touches_and_no_more(tmp_path: Path) -> None:
     copy = Copy(tmp_path)
     assert set(copy.dvc("stage", "list", "--name-only").split()) == set(expanded())
     assert copy.repro() == set(expanded())
-    copy.edit("params.yaml", "\n  train_workers: ", "\n  train_workers: 1")  # where to run is no reason to run
+    copy.set("cluster.train_workers", 7)  # where to run is no reason to run
     assert copy.repro() == set()
-    copy.edit("params.yaml", "\n  bootstrap_samples: ", "\n  bootstrap_samples: 1")
+    copy.set("evaluate.bootstrap_samples", 7)
     assert copy.repro() == names("evaluate", "register", "report")
-    copy.edit("params.yaml", "\n  clip_grad_norm: ", "\n  clip_grad_norm: 1")
-    assert copy.repro() == names("train", "evaluate", "register", "report")
+    after = ("evaluate", "register", "report")
+    copy.set("train.clip_grad_norm", 7.0)
+    assert copy.repro() == names("initialise", "train", *after)
+    copy.set("risclip.train.epochs", 7)  # the second stage alone
+    assert copy.repro() == names("train", *after, only="risclip")
+    copy.set("clip_vit.steps", 7)  # all CLIPs are looked at again; CRIS starts from another and is left alone
+    trained = names("train", *after, only="risclip")
+    assert copy.repro() == names("pretrain_clip", only="vit") | names("initialise") | trained
     with (copy.root / "ris_core/training/pretrain.py").open("a") as file:
         file.write("# changed\n")
-    assert copy.repro() == names("pretrain_clip", "train")  # what it wrote is the same: evaluation stays
+    # What they wrote is the same: evaluation stays.
+    assert copy.repro() == names("pretrain_clip", "initialise", "train")
     assert '"value"' in copy.dvc("metrics", "show", "--json")

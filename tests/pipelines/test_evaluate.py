@@ -10,28 +10,31 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipelines_world import DATASET, SYSTEM, Workplace
+import torch
+from pipelines_world import DATASET, SYSTEM, Workplace, export_untrained
 
 from pipelines import evaluate, paths
 from ris_core.config import EvaluateParams
 from ris_core.errors import ClusterError, DataError, WeightsError
 from ris_core.evaluation import evaluator
 from ris_core.evaluation.metrics import PROTOCOLS, scores
-from ris_core.models.systems import load_model
+from ris_core.models.systems import export_model, load_model
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
 
 SPLITS = ["val", "testA", "testB"]
-JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams())
+JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), False)
 
 
 def test_jobs_are_protocols_times_splits_and_the_controls() -> None:
     scored = [f"{protocol}/{split}" for protocol in ("ours", "cris_val") for split in SPLITS]
     assert [job["job"] for job in JOBS] == [*scored, *evaluate.CONTROLS]
     assert all((job["protocol"], job["split"]) == ("ours", "val") for job in JOBS[-2:])
-    without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams())
+    without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams(), True)
     assert [job["job"] for job in without] == ["ours/testA"]  # the controls belong to their own split
+    located = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), True)
+    assert located == [*JOBS, {"job": "located", "protocol": "ours", "split": "val", "seed": 0}]
     assert evaluate.sorted_splits(["testB", "train", "val", "testA"]) == ["val", "testA", "testB"]
 
 
@@ -60,6 +63,7 @@ def one_process(tiny: Tiny, model: Path, job: dict[str, Any]) -> pa.Table:
         word_len=info["word_len"],
         split=job["split"],
         images_per_batch=4,
+        answer="locate" if job["job"] == "located" else "segment",
     )
 
 
@@ -127,6 +131,35 @@ def test_the_stage_writes_scores_tables_and_pictures(
     assert [tuple(line.split()[:2]) for line in lines] == [(p, s) for p in ("ours", "cris") for s in SPLITS]
     assert [line.split()[0:2] for line in lines if "shuffled" in line] == [["ours", "testA"]]
     assert not [file for file in prepared.files() if "partial" in file or file.endswith(".tmp")]
+
+
+@pytest.mark.ray
+def test_the_coarse_map_of_a_system_that_has_one_is_scored_beside_its_masks(
+    workplace: Workplace, ray_session: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.link("raw", "shards")
+    params = workplace.change(evaluate={"splits": ["testA", "val"]})
+    model = paths.model("risclip", DATASET)
+    export_untrained(workplace.tiny, model, "risclip")
+    network, info = load_model(model)
+    with torch.no_grad():
+        network.get_parameter("locator.logit_bias").fill_(0.0)  # the map marks something
+        network.get_parameter("decoder.head.bias").fill_(-4.0)  # the mask little of it
+    section = params.risclip.model
+    export_model(model, "risclip", network.state_dict(), section, workplace.tiny.clip_vit, info)
+    evaluate.main("risclip", DATASET)
+    metrics = json.loads((paths.evaluation("risclip", DATASET) / "metrics.json").read_text())["ours"]
+    assert set(metrics["val"]) - set(metrics["testA"]) == {*evaluate.CONTROLS, "located"}
+    protocol = PROTOCOLS["ours"]
+    found = {}
+    for name in ("ours/val", "located"):
+        table = one_process(workplace.tiny, model, {"job": name, "protocol": "ours", "split": "val", "seed": 0})
+        found[name] = scores(table["intersection"].to_numpy(), table["union"].to_numpy(), protocol.strict)
+    assert metrics["val"]["located"] == pytest.approx({k: found["located"][k] for k in ("mIoU", "oIoU")}, abs=1e-3)
+    assert metrics["val"]["mIoU"] == pytest.approx(found["ours/val"]["mIoU"], abs=1e-3)
+    assert abs(found["located"]["mIoU"] - found["ours/val"]["mIoU"]) > 0.01  # they are not the same
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if f"located {metrics['val']['located']['mIoU']:.3f}" in line] == ["val"]
 
 
 @pytest.mark.parametrize(

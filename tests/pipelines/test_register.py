@@ -15,7 +15,7 @@ import mlflow
 import numpy as np
 import pytest
 from PIL import Image
-from pipelines_world import Workplace
+from pipelines_world import Workplace, contents, export_untrained
 
 from pipelines import files, fingerprint, register, tracking
 from ris_core.data import masks
@@ -249,14 +249,26 @@ def test_the_champion_answers_in_a_clean_process(served: Served) -> None:
 
 def test_a_registered_model_is_a_model_folder_too(workplace: Workplace, store: Path) -> None:
     folder = workplace.root / "models/cris-shapes"
-    folder.mkdir(parents=True)
-    for name in ("model.json", "model.safetensors"):  # as DVC lays it out where its cache is linked
+    (folder / "clip").mkdir(parents=True)
+    names = ("model.json", "model.safetensors", "clip/clip.json")
+    for name in names:  # as DVC lays it out where its cache is linked
         (folder / name).symlink_to(workplace.trained / name)
     evaluated(workplace)
     register.main("cris", "shapes")
     folder = tracking.model_folder(f"models:/{NAME}@champion")
-    names = ("model.json", "model.safetensors")
     assert [(folder / name).read_bytes() for name in names] == [(workplace.trained / n).read_bytes() for n in names]
+
+
+def test_a_frozen_clip_is_registered_with_its_system(workplace: Workplace, store: Path) -> None:
+    model = Path("models/risclip-shapes")
+    export_untrained(workplace.tiny, model, "risclip")
+    files.write_json(Path("results/evaluate/risclip-shapes/metrics.json"), {"ours": {"val": SCORES}})
+    register.main("risclip", "shapes")
+    registered = contents(tracking.model_folder("models:/ris-risclip-shapes@champion"))
+    assert registered == contents(model)
+    assert {"clip/clip.json", "clip/clip.safetensors"} <= registered.keys()
+    example = mlflow.pyfunc.load_model("models:/ris-risclip-shapes@champion")
+    assert example.predict(example.input_example)["height"].tolist() == [48]
 
 
 def test_the_example_of_a_version_is_a_picture(workplace: Workplace, store: Path) -> None:

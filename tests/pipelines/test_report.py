@@ -80,8 +80,8 @@ def test_pictures_show_what_was_scored(workplace: Workplace, tmp_path: Path) -> 
     assert np.abs(everything - tint).mean() < np.abs(nothing - tint).mean() - 10  # the mask covers all, or nothing
 
 
-def evaluated(name: str, scores: int) -> None:
-    """Leave what train and evaluate leave of one run."""
+def evaluated(name: str, scores: int, located: bool = False) -> None:
+    """Leave what train and evaluate leave of one run; `located`, of a two-stage system that has a coarse map."""
     random = np.random.default_rng(scores)
     rows = [{"intersection": int(random.integers(100)), "kind": gallery.KINDS[i % 5]} for i in range(20)]
     metrics = {"ours": {"val": evaluate.summary(table(rows), OURS, EvaluateParams(bootstrap_samples=20))}}
@@ -96,6 +96,10 @@ def evaluated(name: str, scores: int) -> None:
     Image.new("RGB", (4, 4), (scores, 0, 0)).save(out / "gallery" / "00.jpg")
     rows = [{"epoch": epoch, "train/loss": 1 / epoch, "val/mIoU": 0.1, "val/oIoU": 0.2} for epoch in (1, 2)]
     files.write_csv(Path("results/train") / name / "history.csv", rows)
+    if located:
+        metrics["ours"]["val"]["located"] = {"mIoU": 0.0345, "oIoU": 0.0678}
+        files.write_json(out / "metrics.json", metrics)
+        files.write_csv(Path("results/initialise") / name / "history.csv", rows[:1])
 
 
 def page() -> str:
@@ -113,7 +117,8 @@ CLIP = {
 
 def test_the_page_shows_scores_curves_and_pictures(workplace: Workplace) -> None:
     evaluated("cris-shapes", 1)
-    files.write_json(Path("results/clip/metrics.json"), CLIP)
+    files.write_json(Path("results/clip/rn.json"), CLIP)
+    files.write_json(Path("results/clip/vit.json"), {})  # weights were given: there was nothing to train
     shown = page()
     scores = json.loads(Path("results/evaluate/cris-shapes/metrics.json").read_text())["ours"]
     for split in ("val", "testA"):
@@ -121,7 +126,9 @@ def test_the_page_shows_scores_curves_and_pictures(workplace: Workplace) -> None
             assert f"{value:.3f}" in shown, (split, value)
     assert "<td>0.012 / 0.046</td><td>0.023 / 0.057</td></tr>" in shown
     assert "<td>–</td><td>–</td></tr>" in shown  # the controls were scored on one split only
-    assert "Held-out retrieval of a scene’s caption among 128: 0.900 (chance 0.008)" in shown
+    head, *clips = rows_of("<h2>The small CLIPs</h2>", shown)
+    assert head[:3] == ["CLIP", "retrieval@1chance", "phrase_to_objectchance"]
+    assert clips == [["rn", "0.900 0.008", "0.800 0.250", *["–"] * (len(head) - 3)]]
     assert 'the <red> "star"' in shown
     assert 'the <red> "star"' not in Path("results/report/index.html").read_text()  # escaped: data cannot be markup
     picture = base64.b64encode(Path("results/evaluate/cris-shapes/gallery/00.jpg").read_bytes()).decode()
@@ -135,11 +142,58 @@ def test_the_page_holds_every_run_and_is_the_same_every_time(workplace: Workplac
     evaluated("cris-shapes", 1)
     evaluated("cris-shapesg", 2)
     (Path("results/evaluate") / ".gitignore").write_text("")
-    files.write_json(Path("results/clip/metrics.json"), {})  # weights were given: there was nothing to train
     shown = page()
     assert shown.count("<h2>Gallery: ") == 2
     assert "The small CLIP" not in shown
     assert page() == shown
+
+
+def rows_of(heading: str, shown: str) -> list[list[str]]:
+    """The rows of the table under a heading, each a list of its cells' texts."""
+    table = shown.split(heading)[1].split("</table>")[0]
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)]
+    return [[re.sub(r"<[^>]*>", "", cell).strip() for cell in row] for row in rows]
+
+
+def test_systems_are_compared_where_they_answered_the_same(workplace: Workplace) -> None:
+    evaluated("cris-shapes", 1)
+    evaluated("risclip-shapes", 2, located=True)
+    evaluated("cris-shapesg", 3)
+    shown = page()
+    headings = re.findall("<h3>(.*?)</h3>", shown.split("<h2>Comparison</h2>")[1].split("<h2>")[0])
+    places = [f"{dataset} {split}" for dataset in ("shapes", "shapesg") for split in ("val", "testA")]
+    assert headings == [f"{place}, protocol “ours”" for place in places]
+    head, cris, risclip, random = rows_of("<h3>shapes val, protocol “ours”</h3>", shown)
+    assert head[0] == "system"
+    assert [row[0] for row in (cris, risclip, random)] == ["cris", "risclip", "random object"]
+    for row, name in ((cris, "cris-shapes"), (risclip, "risclip-shapes")):
+        scores = json.loads((Path("results/evaluate") / name / "metrics.json").read_text())["ours"]["val"]
+        assert row[1].startswith(f"{scores['mIoU']:.3f} [{scores['mIoU_95'][0]:.3f}, ")
+        assert row[3] == f"{scores['Pr@0.5']:.3f}"
+        assert len(row) == len(head)
+    assert (cris[-1], risclip[-1]) == ("–", "0.035 / 0.068")
+    assert [row[0] for row in rows_of("<h3>shapesg val, protocol “ours”</h3>", shown)] == [
+        "system",
+        "cris",
+        "random object",
+    ]
+
+
+def test_curves_of_both_stages_are_drawn(workplace: Workplace) -> None:
+    evaluated("cris-shapes", 1)
+    alone = page()
+    (Path("results/initialise") / "cris-shapes").mkdir(parents=True)  # nothing was trained before
+    assert page() == alone
+    evaluated("risclip-shapes", 2, located=True)
+    run = report.read_run(Path("results/evaluate/risclip-shapes"))
+    assert {name: [row["epoch"] for row in rows] for name, rows in run["histories"].items()} == {
+        "risclip-shapes, stage 1": [1],
+        "risclip-shapes": [1, 2],
+    }
+    single = report.read_run(Path("results/evaluate/cris-shapes"))
+    assert list(single["histories"]) == ["cris-shapes"]
+    picture = base64.b64decode(report.curves([single, run]).partition(",")[2]).decode()
+    assert [f"<!-- {name} -->" in picture for name in ("cris-shapes", "risclip-shapes, stage 1")] == [True, True]
 
 
 def test_without_scores_there_is_no_page(workplace: Workplace) -> None:

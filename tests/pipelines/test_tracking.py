@@ -83,12 +83,17 @@ def test_system_metrics_are_sampled_meanwhile(store: Path, monkeypatch: pytest.M
     assert found["system/system_memory_usage_megabytes"] > 0
 
 
-def test_pictures_lie_beside_a_sqlite_store(store: Path, tmp_path: Path) -> None:
-    (tmp_path / "gallery").mkdir()
-    (tmp_path / "gallery" / "hit.png").write_bytes(b"png")
-    run_id = open_run("train-cris-shapes-aaaa")
-    tracking.log_files(run_id, tmp_path / "gallery", "pictures")
-    assert (store / "artifacts" / run_id / "artifacts" / "pictures" / "hit.png").read_bytes() == b"png"
+def test_stages_of_one_training_are_children_of_one_run(store: Path) -> None:
+    client = tracking.connect()
+    parent = tracking.open_parent("ris", "two-stage-risclip-shapes-aaaa")
+    assert tracking.open_parent("ris", "two-stage-risclip-shapes-aaaa") == parent
+    assert client.get_run(parent).info.status == "FINISHED"
+    child = tracking.open_run("ris", "train-risclip-shapes-aaaa", PARAMS, {}, parent)
+    assert tracking.open_run("ris", "train-risclip-shapes-aaaa", PARAMS, {}, parent) == child
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == parent
+    assert "mlflow.parentRunId" not in client.get_run(parent).data.tags
+    other = tracking.open_run("ris", "train-risclip-shapes-bbbb", PARAMS, {}, "0" * 32)  # of another store
+    assert "mlflow.parentRunId" not in client.get_run(other).data.tags
 
 
 def test_the_embedded_store_is_made_where_one_works(

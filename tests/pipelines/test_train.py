@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from pipelines_world import DATASET, SYSTEM, Workplace, open_workplace, python, started, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pipelines import fingerprint, paths, tracking, train
+from pipelines import fingerprint, initialise, paths, tracking, train, training
 from ris_core.config import Params
-from ris_core.errors import ClusterError, ConfigError
+from ris_core.errors import ClusterError, ConfigError, WeightsError
 from ris_core.models.systems import load_model
-from ris_core.training.run import make_trainer
+from ris_core.training.run import trainer_from
 from ris_core.training.runtime import LocalRuntime
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def worker_that_notes_its_first_step(note: Path) -> Callable[[dict[str, Any]], N
             return whole(self, batch, global_step)
 
         Trainer._step = step  # type: ignore[method-assign]
-        train.train_worker(config)
+        training.train_worker(config)
 
     return worker
 
@@ -83,7 +83,7 @@ def finished(
 
     folder = tmp_path_factory.mktemp("train")
     place = open_workplace(folder / "workplace", tiny, untrained)
-    place.link("shards", "clip")
+    place.link("shards", "start")
     params = place.change(train={"epochs": EPOCHS})
     shutil.copy(migrated_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def finished(
             )
         assert driver.returncode == -signal.SIGKILL
         assert {Path(file).parts[0] for file in place.files()} == {"runs"}  # nothing that looks like a result
-        patch.setattr(train, "train_worker", worker_that_notes_its_first_step(folder / "first_step"))
+        patch.setattr(training, "train_worker", worker_that_notes_its_first_step(folder / "first_step"))
         train.main(SYSTEM, DATASET)
         patch.undo()
         patch.chdir(place.root)
@@ -118,15 +118,14 @@ def rows(place: Path) -> list[dict[str, float]]:
 
 
 def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_plain_process(
-    finished: Finished, tiny: Tiny, tmp_path: Path
+    finished: Finished, tiny: Tiny, untrained: Path, tmp_path: Path
 ) -> None:
     assert finished.resumed_at >= 3  # the first epoch's steps were not trained again
-    plain = make_trainer(finished.params, SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path, "cpu"))
+    plain = trainer_from(finished.params, SYSTEM, tiny.shards, untrained, LocalRuntime(tmp_path, "cpu"))
     position = plain.fit()
     assert plain.best is not None
     assert same_weights(finished.weights, plain.best)
-    fresh = make_trainer(finished.params, SYSTEM, tiny.shards, tiny.clip, LocalRuntime(tmp_path / "fresh", "cpu"))
-    assert not same_weights(finished.weights, fresh.model.state_dict())  # it did learn something
+    assert not same_weights(finished.weights, load_file(untrained / "model.safetensors"))  # it did learn something
     history = rows(finished.place.root / paths.training(SYSTEM, DATASET))
     assert history == [pytest.approx(row, abs=1e-6) for row in position.history]
     metrics = json.loads((finished.place.root / paths.training(SYSTEM, DATASET) / "metrics.json").read_text())
@@ -169,17 +168,17 @@ def worker_that_may_not_train(config: dict[str, Any]) -> None:
         raise AssertionError(f"step {global_step} was trained again")
 
     Trainer._step = step  # type: ignore[method-assign]
-    train.train_worker(config)
+    training.train_worker(config)
 
 
 def test_the_same_inputs_do_not_train_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (finished.place.root / MODEL / "model.safetensors").read_bytes()
     client = tracking.connect()
     logged = len(client.get_metric_history(finished.run_id, "val/mIoU"))
-    shutil.rmtree(finished.place.root / "models")  # as DVC does before it runs a stage
+    shutil.rmtree(finished.place.root / MODEL)  # as DVC does before it runs a stage
     shutil.rmtree(finished.place.root / "results")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_worker", worker_that_may_not_train)
+        patch.setattr(training, "train_worker", worker_that_may_not_train)
         train.main(SYSTEM, DATASET)
     assert (finished.place.root / MODEL / "model.safetensors").read_bytes() == before
     epochs = [row["epoch"] for row in rows(finished.place.root / paths.training(SYSTEM, DATASET))]
@@ -204,7 +203,7 @@ def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[di
             return whole(self, batch, global_step)
 
         Trainer._step = step  # type: ignore[method-assign]
-        train.train_worker(config)
+        training.train_worker(config)
 
     return worker
 
@@ -214,16 +213,17 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
 ) -> None:
     workplace.link("shards", "clip")
     workplace.change(cluster={"train_workers": 2, "max_failures": 1}, train={"checkpoint_every_steps": 2})
+    initialise.main(SYSTEM, DATASET)
     monkeypatch.setenv("RIS_STORAGE", str(tmp_path / "storage"))
     marker = tmp_path / "killed"
-    monkeypatch.setattr(train, "train_worker", worker_that_dies_once(marker, rank=1, at_step=5))
+    monkeypatch.setattr(training, "train_worker", worker_that_dies_once(marker, rank=1, at_step=5))
     train.main(SYSTEM, DATASET)
     assert marker.exists()
     assert [path.name.startswith("train-cris-shapes-") for path in (tmp_path / "storage").iterdir()] == [True]
     assert not (workplace.root / "runs").exists()
 
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ris_core.training.run")
-    inputs = ("--shards", str(paths.shards(DATASET)), "--clip", str(paths.CLIP), "--device", "cpu")
+    inputs = ("--shards", str(paths.shards(DATASET)), "--clip", str(paths.clip("rn")), "--device", "cpu")
     done = python(*launcher, *inputs, "--out", str(tmp_path / "plain"), cwd=workplace.root)
     assert done.returncode == 0, done.stderr
     plain = load_file(tmp_path / "plain" / "model" / "model.safetensors")
@@ -234,7 +234,7 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
 
 
 def test_a_cluster_that_is_too_small_is_told_instead_of_waited_for(workplace: Workplace, store: Path) -> None:
-    workplace.link("shards", "clip")
+    workplace.link("shards", "start")
     workplace.change(cluster={"train_workers": 3, "cpus_per_worker": 2, "use_gpu": "yes"})
     with pytest.raises(ClusterError) as told:
         train.main(SYSTEM, DATASET)
@@ -246,6 +246,20 @@ def test_a_cluster_that_is_too_small_is_told_instead_of_waited_for(workplace: Wo
     assert run.info.status == "FAILED"
 
 
+def test_nothing_to_start_from_is_told_before_anything_starts(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "open_run", lambda *_: pytest.fail("a run was opened"))
+    workplace.link("shards", "clip")
+    with pytest.raises(WeightsError, match="models/start/cris-shapes holds no model to start from: run the stage init"):
+        train.main(SYSTEM, DATASET)
+    workplace.link("start")
+    workplace.change(cris={"model": {"num_layers": 2, "ffn_dim": 48}})
+    with pytest.raises(ConfigError, match=r"models/start/cris-shapes is another cris \(2 problems\)"):
+        train.main(SYSTEM, DATASET)
+    assert workplace.files() == set()
+
+
 class Enough(Exception):
     """What was wanted is seen."""
 
@@ -253,7 +267,8 @@ class Enough(Exception):
 def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
 
-    def fit(params: Any, system: str, dataset: str, name: str, run_id: str) -> Any:
+    def fit(params: Any, system: str, dataset: str, stage: str, base: Path, name: str, run_id: str) -> Any:
+        assert (stage, base) == ("train", paths.start(SYSTEM, DATASET))
         seen.append((name, run_id))
         raise Enough
 
@@ -262,24 +277,28 @@ def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monke
             train.main(SYSTEM, DATASET)
         return seen[-1]
 
-    monkeypatch.setattr(train, "fit", fit)
-    workplace.link("shards", "clip")
+    monkeypatch.setattr(training, "fit", fit)
+    workplace.link("shards", "start")
     first = start()
     assert start() == first
-    workplace.change(cluster={"train_workers": 2}, evaluate={"bootstrap_samples": 7})
+    workplace.change(cluster={"train_workers": 2}, evaluate={"bootstrap_samples": 7}, risclip={"train": {"lr": 1.0}})
     assert start() == first  # these do not change what is trained
     workplace.change(train={"lr": 3e-3})
     changed = [start()]
-    workplace.change(cris={"num_layers": 2})
+    workplace.change(cris={"train": {"lr": 4e-3}})
     changed.append(start())
     manifest = workplace.own(paths.shards(DATASET)) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"part-00000', '"./part-00000'))
     changed.append(start())
-    clip = workplace.own(paths.CLIP) / "clip.json"
-    clip.write_text(clip.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    model = workplace.own(paths.start(SYSTEM, DATASET))
+    info = model / "model.json"
+    info.write_text(info.read_text().replace('"clip_digest": "', '"clip_digest": "0'))
     changed.append(start())
-    assert len({first, *changed}) == 5
-    assert len({run_id for _, run_id in [first, *changed]}) == 5
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "proj.txt.bias": weights["proj.txt.bias"] + 1}, model / "model.safetensors")
+    changed.append(start())
+    assert len({first, *changed}) == 6
+    assert len({run_id for _, run_id in [first, *changed]}) == 6
 
 
 def test_an_expected_error_of_a_worker_is_shown_as_such(
@@ -295,7 +314,7 @@ def test_an_expected_error_of_a_worker_is_shown_as_such(
 
         return fit
 
-    workplace.link("shards", "clip")
+    workplace.link("shards", "start")
     monkeypatch.setattr(TorchTrainer, "fit", failing(ConfigError("train.precision: fp16 needs a GPU")))
     with pytest.raises(ConfigError, match=r"^train.precision: fp16 needs a GPU$"):
         train.main(SYSTEM, DATASET)

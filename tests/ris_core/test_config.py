@@ -9,6 +9,7 @@ import pytest
 from ris_core.config import Params, TrainParams, digest, load_params, preset_overrides
 from ris_core.errors import ConfigError
 from ris_core.models.cris import CRISConfig
+from ris_core.models.risclip import RISCLIPConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,21 +34,32 @@ def test_the_repositorys_own_parameters_load() -> None:
     params = load_params(ROOT / "params.yaml")
     assert params.preset == "default"
     assert params.datasets == ["shapes"]
-    assert params.systems == ["cris"]
-    assert isinstance(params.cris, CRISConfig)
+    assert params.systems == ["cris", "risclip"]
+    assert isinstance(params.cris.model, CRISConfig)
+    assert isinstance(params.risclip.model, RISCLIPConfig)
     assert isinstance(params.train, TrainParams)
-    assert params.cris.vis_dim == params.cris.fpn_out[1]
+    assert params.cris.model.vis_dim == params.cris.model.fpn_out[1]
+    assert params.cris.initialise is None
+    assert params.cris.train == params.train
+    assert params.risclip.initialise is not None
+    for stage in (params.risclip.initialise, params.risclip.train):
+        assert (stage.batch_images, stage.word_len) == (params.train.batch_images, params.train.word_len)
+        assert (stage.loss.bce_weight, stage.loss.focal_weight, stage.loss.dice_weight) == (0.0, 1.75, 1.0)
 
 
 @pytest.mark.parametrize("preset", ["cris", "cris_paper"])
 def test_the_published_recipes_load(preset: str, tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text().replace("preset: default\n", f"preset: {preset}\n")
     params = load_params(written(tmp_path, text))
-    assert (params.train.lr, params.train.backbone_lr_multiplier, params.train.milestones) == (1e-4, 0.1, [35])
-    assert (params.train.optimizer, params.train.batch_images, params.train.epochs) == ("adam", 64, 50)
-    assert (params.cris.vis_dim, params.cris.num_layers, params.preprocess.image_size) == (512, 3, 416)
-    assert params.train.first_epoch_backbone_multiplier == (1.0 if preset == "cris_paper" else None)
-    assert (params.train.loss.positive_weight, params.train.loss.dice_weight) == (1.0, 0.0)
+    train, model = params.cris.train, params.cris.model
+    assert (train.lr, train.backbone_lr_multiplier, train.milestones) == (1e-4, 0.1, [35])
+    assert (train.optimizer, train.batch_images, train.epochs) == ("adam", 64, 50)
+    assert (model.vis_dim, model.num_layers, params.preprocess.image_size) == (512, 3, 416)
+    assert model.round_fp16 == (preset == "cris_paper")
+    assert train.first_epoch_backbone_multiplier == (1.0 if preset == "cris_paper" else None)
+    loss = train.loss
+    assert (loss.bce_weight, loss.positive_weight, loss.dice_weight, loss.focal_weight) == (1.0, 1.0, 0.0, 0.0)
+    assert (params.clip_rn.architecture, params.clip_rn.weights) == ("RN50-quickgelu", "openai")
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
@@ -64,12 +76,12 @@ def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> No
         preprocess: {image_size: 16, storage: png}
         train: {epochs: many, optimzer: adam, loss: 3, lr: .nan, ema_decay: 1.0, seed: null, compile: maybe}
         evaluate:
-        cris: {vis_dim: 130, fpn_out: [16, 32]}
+        cris: {model: {vis_dim: 130, fpn_out: [16, 32]}}
         synthesize: {canvas: 4}
         presets:
           long: {train: {epochs: 0, weigth_decay: 1}, cluster: {use_gpu: no_idea}}
           odd: 3
-          wide: {cris: {dropout: 1.5}, register: {metric: IoU}}
+          wide: {cris: {model: {dropout: 1.5}}, register: {metric: IoU}}
         """,
     )
     expected = {
@@ -79,13 +91,13 @@ def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> No
         "preprocess.storage": "'png' is not one of pixels, jpeg",
         "train.epochs": "Value 'many' of type 'str' could not be converted to Integer",
         "train.optimzer": "unknown parameter; did you mean 'optimizer'?",
-        "train.loss": "expected a section with positive_weight, dice_weight, found 3",
+        "train.loss": "expected a section with bce_weight, positive_weight, dice_weight, focal_weight, ",
         "train.lr": "nan is below the minimum 0",
         "train.ema_decay": "1.0 is not below 1",
         "train.seed": "not Optional",
         "train.compile": "Value 'maybe' is not a valid bool",
         "evaluate": "expected a section with protocols",
-        "cris.fpn_out": "expected 3 values, found [16, 32]",
+        "cris.model.fpn_out": "expected 3 values, found [16, 32]",
         "synthesize": "canvas is 4: use 64 to 1024 pixels",
         "presets.long.train.epochs": "0 is below the minimum 1",
         "presets.long.train.weigth_decay": "did you mean 'weight_decay'?",
@@ -94,10 +106,47 @@ def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> No
         "presets.wide.register.metric": "'IoU' is not one of mIoU, oIoU",
         "preset": "no preset named 'quick'; there are long, odd, wide",
     }
-    assert {problem.split(": ", 1)[0] for problem in problems} == set(expected)
-    for problem in problems:
-        key, text = problem.split(": ", 1)
-        assert expected[key] in text
+    agree(problems, expected)
+
+
+def agree(problems: list[str], expected: dict[str, str]) -> None:
+    """There is one problem for each expected key, and it contains what is expected of it."""
+    found = dict(problem.split(": ", 1) for problem in problems)
+    assert set(found) == set(expected)
+    assert len(found) == len(problems)
+    for key, text in expected.items():
+        assert text in found[key]
+
+
+def test_sections_within_sections_are_checked_alike(tmp_path: Path) -> None:
+    problems = complaints(
+        tmp_path,
+        """
+        cris: {vis_dim: 64, clip: vitt, model: 7, initialise: {}, train: {lr: fast, loss: {focal_alpha: 1.0}}}
+        risclip: {initialise: none, train: [1], model: {ske_heads: many}, clip: null}
+        clips: [rn, vit, openai]
+        presets:
+          bare: {risclip: {initialise: null, train: null}}
+          wide: {risclip: {initialise: {lr: -1, loss: {focal: 1}}}, cris: {modell: {}}}
+        """,
+    )
+    expected = {
+        "cris.vis_dim": "unknown parameter; known here: clip, model, initialise, train",
+        "cris.clip": "'vitt' is not one of rn, vit",
+        "cris.model": "expected a section with vis_dim, fpn_out, ",
+        "cris.train.lr": "Value 'fast' of type 'str' could not be converted to Float",
+        "cris.train.loss.focal_alpha": "1.0 is not below 1",
+        "risclip.initialise": "expected a section with seed, epochs, ",
+        "risclip.train": "expected a section with seed, epochs, ",
+        "risclip.model.ske_heads": "Value 'many' of type 'str' could not be converted to Integer",
+        "risclip.clip": "not Optional",
+        "clips": "'openai' is not one of rn, vit",
+        "presets.bare.risclip.train": "expected a section with seed, epochs, ",
+        "presets.wide.risclip.initialise.lr": "-1.0 is below the minimum 0",
+        "presets.wide.risclip.initialise.loss.focal": "unknown parameter; did you mean 'focal_",
+        "presets.wide.cris.modell": "unknown parameter; did you mean 'model'?",
+    }
+    agree(problems, expected)
 
 
 def test_a_name_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
@@ -106,7 +155,9 @@ def test_a_name_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_frozen_sections_are_checked_by_their_own_rules(tmp_path: Path) -> None:
-    problems = complaints(tmp_path, "cris: {vis_dim: 130, num_heads: 7}\nsynthesize: {sentences_per_ref: [3, 2]}\n")
+    problems = complaints(
+        tmp_path, "cris: {model: {vis_dim: 130, num_heads: 7}}\nsynthesize: {sentences_per_ref: [3, 2]}\n"
+    )
     assert problems == [
         "cris: fpn_out is (256, 512, 1024): its second entry must equal vis_dim 130",
         "cris: vis_dim is 130: use a multiple of 4 (2D sine positions)",
@@ -117,9 +168,11 @@ def test_frozen_sections_are_checked_by_their_own_rules(tmp_path: Path) -> None:
 
 def test_an_unselected_preset_is_checked_over_the_sections_below_it(tmp_path: Path) -> None:
     """The preset's width alone is fine; with the file's heads it is not."""
-    text = "cris: {vis_dim: 96, fpn_out: [16, 96, 32], num_heads: 3}\n"
-    assert load_params(written(tmp_path, text)).cris.num_heads == 3
-    problems = complaints(tmp_path, text + "presets:\n  wide: {cris: {vis_dim: 128, fpn_out: [16, 128, 32]}}\n")
+    text = "cris: {model: {vis_dim: 96, fpn_out: [16, 96, 32], num_heads: 3}}\n"
+    assert load_params(written(tmp_path, text)).cris.model.num_heads == 3
+    problems = complaints(
+        tmp_path, text + "presets:\n  wide: {cris: {model: {vis_dim: 128, fpn_out: [16, 128, 32]}}}\n"
+    )
     assert problems == ["presets.wide.cris: num_heads is 3: it must divide vis_dim 128"]
 
 
@@ -142,6 +195,77 @@ def test_a_chosen_preset_wins_over_the_sections_and_says_what_it_sets(tmp_path: 
         "train.loss.positive_weight: None -> 2.0",
         "datasets: None -> ['shapes', 'shapes+']",
     ]
+
+
+def test_each_training_is_laid_over_what_they_share(tmp_path: Path) -> None:
+    params = load_params(
+        written(
+            tmp_path,
+            """
+            train: {epochs: 4, lr: 0.01, word_len: 20, loss: {dice_weight: 0.5}}
+            cris: {train: {lr: 0.02}}
+            risclip: {initialise: {epochs: 9, loss: {bce_weight: 0.0}}}
+            """,
+        )
+    )
+    assert (params.cris.train.epochs, params.cris.train.lr, params.cris.train.word_len) == (4, 0.02, 20)
+    assert params.cris.initialise is None
+    first = params.risclip.initialise
+    assert first is not None
+    assert (first.epochs, first.lr, first.word_len) == (9, 0.01, 20)
+    assert (first.loss.bce_weight, first.loss.dice_weight) == (0.0, 0.5)
+    assert params.risclip.train == params.train  # it says nothing of its own
+    assert (params.train.epochs, params.train.lr) == (4, 0.01)
+
+
+def test_a_preset_changes_what_trainings_share_and_what_they_do_not(tmp_path: Path) -> None:
+    """What a system says of its own stands against the shared section of a preset."""
+    text = """
+        preset: long
+        train: {epochs: 4, lr: 0.01}
+        cris: {train: {lr: 0.02}}
+        risclip: {initialise: {epochs: 9}, train: {epochs: 1}}
+        presets:
+          long: {train: {epochs: 40, lr: 0.05, warmup_steps: 7}, risclip: {train: {epochs: 2}}}
+          alone: {risclip: {initialise: null}}
+        """
+    params = load_params(written(tmp_path, text))
+    assert (params.train.epochs, params.train.lr) == (40, 0.05)
+    assert (params.cris.train.epochs, params.cris.train.lr) == (40, 0.02)
+    assert params.risclip.initialise is not None
+    assert (params.risclip.initialise.epochs, params.risclip.initialise.lr) == (9, 0.05)
+    assert (params.risclip.train.epochs, params.risclip.train.warmup_steps) == (2, 7)
+    alone = load_params(written(tmp_path, text.replace("preset: long", "preset: alone")))
+    assert alone.risclip.initialise is None
+    assert (alone.risclip.train.epochs, alone.risclip.train.lr) == (1, 0.01)
+
+
+def test_a_first_stage_that_is_not_mentioned_shares_too_and_null_is_none(tmp_path: Path) -> None:
+    silent = load_params(written(tmp_path, "train: {epochs: 3}\n"))
+    assert silent.cris.initialise is None
+    assert silent.risclip.initialise == silent.risclip.train == silent.train
+    assert silent.train.epochs == 3
+    without = load_params(written(tmp_path, "train: {epochs: 3}\nrisclip: {initialise: null}\n"))
+    assert without.risclip.initialise is None
+    assert without.risclip.train.epochs == 3
+
+
+def test_lists_of_any_length_are_as_long_as_they_are_written(tmp_path: Path) -> None:
+    model = load_params(
+        written(tmp_path, "risclip: {model: {decoder_channels: [16], skip_layers: [2]}}\n")
+    ).risclip.model
+    assert (model.decoder_channels, model.skip_layers) == ((16,), (2,))
+    problems = complaints(tmp_path, "risclip: {model: {decoder_channels: [16, 8], skip_layers: [2]}}\n")
+    expected = "skip_layers is (2,): use as many layers as decoder_channels has stages, 2"
+    assert problems == [f"risclip: {expected}"]
+
+
+def test_a_system_whose_clip_is_not_made_ready(tmp_path: Path) -> None:
+    text = "systems: [cris, risclip]\nclips: [rn]\n"
+    assert complaints(tmp_path, text) == ["risclip.clip: 'vit' is not among clips (rn)"]
+    both = "systems: [cris, risclip]\nclips: [vit]\nrisclip: {clip: rn}\n"
+    assert complaints(tmp_path, both) == [f"{name}.clip: 'rn' is not among clips (vit)" for name in ("cris", "risclip")]
+    assert load_params(written(tmp_path, "systems: [cris]\nclips: [rn]\n")).risclip.clip == "vit"  # not in use
 
 
 def test_the_default_preset_sets_nothing(tmp_path: Path) -> None:

@@ -28,12 +28,17 @@ TEXTS = ["the red star", "left", "the large blue ring next to the star"]
 @pytest.fixture(scope="module")
 def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
-    model = build_model("cris", tiny.params().cris, load_saved_clip(tiny.clip))
+    model = build_model("cris", tiny.params().cris.model, load_saved_clip(tiny.clip))
     with torch.no_grad():  # spread the answers of the untrained model around the threshold
         model.get_parameter("proj.txt.weight").mul_(4)
     place = tmp_path_factory.mktemp("model")
     export_model(
-        place, "cris", model.state_dict(), tiny.params().cris, tiny.clip, {"word_len": 12, "image_size": IMAGE_SIZE}
+        place,
+        "cris",
+        model.state_dict(),
+        tiny.params().cris.model,
+        tiny.clip,
+        {"word_len": 12, "image_size": IMAGE_SIZE},
     )
     return place
 
@@ -220,9 +225,9 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_the_models_own_resampling_is_used(tmp_path: Path, tiny: Tiny, folder: Path, picture: Path) -> None:
-    model = build_model("cris", tiny.params().cris, load_saved_clip(tiny.clip))
+    model = build_model("cris", tiny.params().cris.model, load_saved_clip(tiny.clip))
     info = {"word_len": 12, "image_size": IMAGE_SIZE, "resample": "exact"}
-    export_model(tmp_path, "cris", model.state_dict(), tiny.params().cris, tiny.clip, info)
+    export_model(tmp_path, "cris", model.state_dict(), tiny.params().cris.model, tiny.clip, info)
     assert RISPredictor.from_folder(tmp_path).resample == "exact"
     assert RISPredictor.from_folder(folder).resample == "opencv4"
     seen: list[torch.Tensor] = []

@@ -82,6 +82,19 @@ def test_a_batch_holds_images_sentences_and_masks_that_belong_together(store: Sh
             assert (batch["target"][n, 0].numpy() == warped[::4, ::4]).all()
 
 
+@pytest.mark.parametrize("stride", [1, 8, 16])
+def test_targets_are_as_coarse_as_the_model_wants(stride: int, store: ShardStore) -> None:
+    made, quarter = batches(store, stride=stride), batches(store)
+    batch, other = made[0], quarter[0]
+    assert batch["target"].shape == (8, 1, IMAGE_SIZE // stride, IMAGE_SIZE // stride)
+    assert all(torch.equal(batch[name], other[name]) for name in ("image", "tokens", "image_index"))
+    for target, ref in zip(batch["target"], made.groups[:4].ravel(), strict=True):
+        image = int(store.ref_image[ref])
+        ann_id = store.row(image)["refs"][store.ref_position[ref]]["ann_id"]
+        warped = letterbox_mask(store.mask(image, ann_id), IMAGE_SIZE)
+        assert (target[0].numpy() == warped[::stride, ::stride]).all()
+
+
 def test_batches_are_a_function_of_seed_epoch_and_step(store: ShardStore) -> None:
     first, again = batches(store), batches(store)
     epoch_two = epoch_of(first, 2)

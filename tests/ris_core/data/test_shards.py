@@ -218,10 +218,13 @@ def test_a_half_written_file_never_counts(
         with pytest.raises(KeyboardInterrupt):
             write_shard(path, records, raw, OPTIONS)
     assert not path.exists()
-    left = tmp_path / "x.arrow.tmp"
+    (left,) = tmp_path.glob("x.arrow.*")
     left.write_bytes(left.read_bytes()[:1000])
+    elsewhere = tmp_path / "x.arrow.0.tmp"  # of another process, which may still be writing
+    elsewhere.write_bytes(b"half")
     entry = write_shard(path, records, raw, OPTIONS)
     assert not left.exists()
+    assert elsewhere.read_bytes() == b"half"
     assert {**entry, "sha256": sha256(path)} == entry
     assert rows_of(path) == rows_of(tmp_path / "whole.arrow")
     assert entry["images"] == whole["images"]

@@ -158,13 +158,32 @@ def test_batches_change_nothing(store: ShardStore) -> None:
 
 def test_a_real_model_answers_alike_in_any_batch(tiny: Tiny) -> None:
     torch.manual_seed(0)
-    model = build_model("cris", tiny.params().cris, load_saved_clip(tiny.clip))
+    model = build_model("cris", tiny.params().cris.model, load_saved_clip(tiny.clip))
     tables = [table_of(model, tiny.store(), images_per_batch=count).to_pylist() for count in (1, 6)]
     assert not model.training
     for one, other in zip(*tables, strict=True):
         assert all(one[name] == other[name] for name in ("image_id", "sent_id", "text", "random_union"))
         assert one["score"] == pytest.approx(other["score"], abs=2e-3)
         assert abs(one["area"] - other["area"]) <= 8, "only pixels at the threshold may differ"
+
+
+class Coarse(Oracle):
+    """Marks the right object in its masks and everything in its map."""
+
+    stride = 4
+
+    def locate(self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(tokens), 1, 4, 4), 5.0)
+
+
+def test_a_coarse_map_is_scored_like_a_mask(store: ShardStore) -> None:
+    model, queries = Coarse(store), queries_of(store, "val", OURS)
+    found = evaluate(model, store, queries, OURS, word_len=WORD_LEN, split="val", answer="locate")
+    assert totals(table_of(model, store))["mIoU"] > 0.98
+    sizes = {store.row(i)["image_id"]: store.row(i)["height"] * store.row(i)["width"] for i in range(len(store))}
+    for row in found.to_pylist():
+        assert row["area"] > 0.9 * sizes[row["image_id"]]
+    assert found["sent_id"].to_pylist() == [query.sent_id for query in queries]
 
 
 def test_every_expression_counts_exactly_once(store: ShardStore) -> None:

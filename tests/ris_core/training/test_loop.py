@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,24 @@ from tiny_world import Tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ris_core.config import Params
+from ris_core.config import LossParams, Params
 from ris_core.errors import ConfigError, WeightsError
+from ris_core.models.clip import load_saved_clip
+from ris_core.models.systems import build_model
 from ris_core.training import loop
 from ris_core.training.checkpoint import Checkpoint
 from ris_core.training.loop import Trainer, moving_average, precision
-from ris_core.training.run import make_trainer
+from ris_core.training.run import initial_model, make_trainer
 from ris_core.training.runtime import LocalRuntime
 
 STEPS = 5
-Change = Callable[[Params], Any]
+
+
+def cris_trainer(tiny: Tiny, params: Params, runtime: LocalRuntime) -> Trainer:
+    """A trainer of CRIS with fresh layers."""
+    model = build_model("cris", params.cris.model, load_saved_clip(tiny.clip))
+    model.load_state_dict(initial_model(params, "cris", tiny.clip, None))
+    return make_trainer(model, params.cris.train, tiny.store(), runtime)
 
 
 def trainer_of(tiny: Tiny, runtime: LocalRuntime, **train: Any) -> Trainer:
@@ -30,10 +37,10 @@ def trainer_of(tiny: Tiny, runtime: LocalRuntime, **train: Any) -> Trainer:
     params = tiny.params()
     chosen = {"steps_per_epoch": STEPS, "ema_decay": 0.7, "warmup_steps": 3, "clip_grad_norm": 1.0, **train}
     for name, value in chosen.items():
-        assert hasattr(params.train, name)
-        setattr(params.train, name, value)
-    assert params.cris.dropout > 0
-    return make_trainer(params, "cris", tiny.shards, tiny.clip, runtime)
+        assert hasattr(params.cris.train, name)
+        setattr(params.cris.train, name, value)
+    assert params.cris.model.dropout > 0
+    return cris_trainer(tiny, params, runtime)
 
 
 def outcome(trainer: Trainer) -> Checkpoint:
@@ -163,14 +170,16 @@ def test_a_finished_run_is_not_trained_again(tiny: Tiny, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), epochs=1, steps_per_epoch=1).fit()
     params = tiny.params()
-    object.__setattr__(params.cris, "ffn_dim", 48)
+    object.__setattr__(params.cris.model, "ffn_dim", 48)
     with pytest.raises(WeightsError, match="The checkpoint of this run does not fit its model") as caught:
-        make_trainer(params, "cris", tiny.shards, tiny.clip, LocalRuntime(tmp_path, "cpu"))
+        cris_trainer(tiny, params, LocalRuntime(tmp_path, "cpu"))
     assert "shape of decoder.layers.0.ffn.0.weight: [32, 32] in the weights, [48, 32] in the model" in str(caught.value)
 
 
-def test_the_best_epoch_is_the_last_of_the_highest(tiny: Tiny, tmp_path: Path) -> None:
-    trainer = trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), epochs=4, steps_per_epoch=1, ema_decay=0.0)
+@pytest.mark.parametrize(("keep", "kept"), [("best", 2), ("last", 3)])
+def test_the_best_epoch_is_the_last_of_the_highest(keep: str, kept: int, tiny: Tiny, tmp_path: Path) -> None:
+    """Unless the last one is wanted, whatever its score."""
+    trainer = trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), epochs=4, steps_per_epoch=1, ema_decay=0.0, keep=keep)
     scores, seen = iter([0.1, 0.3, 0.3, 0.2]), []
 
     def scripted(model: nn.Module) -> dict[str, float]:
@@ -179,9 +188,9 @@ def test_the_best_epoch_is_the_last_of_the_highest(tiny: Tiny, tmp_path: Path) -
 
     trainer.validate = scripted
     position = trainer.fit()
-    assert (position.best_epoch, position.best_score) == (3, 0.3)
+    assert (position.best_epoch, position.best_score) == (kept + 1, (0.3, 0.2)[kept - 2])
     assert trainer.best is not None
-    assert torch.equal(trainer.best["proj.txt.weight"], seen[2])
+    assert torch.equal(trainer.best["proj.txt.weight"], seen[kept])
     assert not torch.equal(seen[2], seen[3])
     assert [row["val/mIoU"] for row in position.history] == [0.1, 0.3, 0.3, 0.2]
 
@@ -223,6 +232,50 @@ def test_the_moving_average_by_hand() -> None:
     assert torch.allclose(average.module.weight, expected)
     assert average.module.mask.tolist() == [0.0, -math.inf]
     assert average.module.count == 3
+
+
+def test_what_average_and_model_share_is_left_alone() -> None:
+    """A frozen CLIP is not copied into the average: its tensors are the model's own."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+            self.frozen = nn.Parameter(torch.tensor([0.1, 0.3]), requires_grad=False)
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+            self.register_buffer("count", torch.tensor(3))
+
+    model = Model()
+    average = AveragedModel(model, multi_avg_fn=moving_average(0.7), use_buffers=True)
+    average.module.frozen = model.frozen
+    average.module.mask, average.module.count = model.mask, model.count
+    before = model.frozen.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight += 1
+        average.update_parameters(model)
+    assert torch.equal(model.frozen, before)
+    assert (model.mask.tolist(), model.count.item()) == ([0.0, -math.inf], 3)
+    expected = 0.7 * (0.7 * 2 + 0.3 * 3) + 0.3 * 4  # the first update copies
+    assert average.module.weight[0].item() == pytest.approx(expected)
+    update = moving_average(0.7)
+    alone = [model.frozen]
+    update(alone, alone, 1)
+    assert torch.equal(model.frozen, before)
+
+
+def test_the_loss_is_the_models_own(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tiny, LocalRuntime(tmp_path, "cpu"))
+    seen: list[tuple[torch.Size, torch.Size, LossParams]] = []
+
+    def loss(self: nn.Module, output: torch.Tensor, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        seen.append((output.shape, target.shape, params))
+        return output.float().square().mean()
+
+    monkeypatch.setattr(type(trainer.model), "loss", loss)
+    trainer.model.train()
+    trainer._step(trainer.batches[0], 0)
+    assert seen == [((8, 1, 16, 16), (8, 1, 16, 16), trainer.params.loss)]
 
 
 def test_gradients_are_clipped(tiny: Tiny, tmp_path: Path) -> None:
