@@ -12,16 +12,22 @@ import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Report, alone
 from pipelines import paths
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
+    from ris_core.config import Params
 
 VARIANTS = {
     "whole": "RISCLIP",
     "no_ske": "without SKE",
     "no_cfe": "without CFE and adapters",
     "random_clip": "on a random CLIP",
+    "learned_positions": "on a CLIP with learned positions",
     "joint": "second stage trains the locator too",
 }
 CHANGES: dict[str, dict[str, Any]] = {
@@ -61,7 +67,6 @@ def measure(variant: str, dataset: str) -> dict[str, float]:
     from ris_core.data.dataset import ShardStore
     from ris_core.evaluation.evaluator import evaluate, queries_of
     from ris_core.evaluation.metrics import PROTOCOLS, scores
-    from ris_core.models.clip import build_clip, load_saved_clip, read_clip_config
     from ris_core.models.risclip import RISCLIP
     from ris_core.training.loop import Trainer
     from ris_core.training.run import make_trainer
@@ -71,8 +76,7 @@ def measure(variant: str, dataset: str) -> dict[str, float]:
     store, section = ShardStore(paths.shards(dataset)), params.risclip
     config = replace(section.model, **CHANGES.get(variant, {}))
     torch.manual_seed(params.train.seed)
-    folder = paths.clip(section.clip)
-    clip = build_clip(read_clip_config(folder)["architecture"]) if variant == "random_clip" else load_saved_clip(folder)
+    clip = variant_clip(variant, params)
     protocol = PROTOCOLS["ours"]
     queries = queries_of(store, "val", protocol)
 
@@ -110,6 +114,27 @@ def measure(variant: str, dataset: str) -> dict[str, float]:
         final, controls = scored(model)
     found = {"first stage mIoU": located["mIoU"], "untrained mIoU": untrained["mIoU"], **controls}
     return {**found, "mIoU": final["mIoU"], "oIoU": final["oIoU"]}
+
+
+def variant_clip(variant: str, params: Params) -> CLIP:
+    """The CLIP of a variant: the pipeline's own, the same with random weights, or one pre-trained with learned positions."""
+    import torch
+
+    from ris_core.models.clip import build_clip, input_size, load_saved_clip, read_clip_config
+    from ris_core.training.pretrain import pretrain_clip, read_captions
+    from ris_core.training.runtime import best_device
+
+    folder = paths.clip(params.risclip.clip)
+    if variant not in ("random_clip", "learned_positions"):
+        return load_saved_clip(folder)
+    architecture = read_clip_config(folder)["architecture"]
+    if variant == "random_clip":
+        return build_clip(architecture)
+    architecture["vision_cfg"]["pos_embed_type"] = "learnable"
+    clip, root = build_clip(architecture), paths.raw(params.captions)
+    data = read_captions(root, root / params.captions / "captions.json", input_size(clip))
+    print(pretrain_clip(clip, data, params.clip_vit, torch.device(best_device())))
+    return clip.cpu()
 
 
 if __name__ == "__main__":
