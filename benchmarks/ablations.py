@@ -102,13 +102,13 @@ def measure(variant: str, dataset: str) -> dict[str, float]:
         model = RISCLIP.build(clip, config)
         untrained, _ = scored(model)
         assert section.initialise is not None
-        first = make_trainer(
-            RISCLIP.first_stage.build(clip, config), section.initialise, store, runtime(place, "first")
-        )
+        stages = [replace(stage, loader_workers=0) for stage in (section.initialise, section.train)]
+        locator = RISCLIP.first_stage.build(clip, config)
+        first = make_trainer(locator, stages[0], store, runtime(place, "first"))
         first.fit()
         model.adopt(best(first))
         located, _ = scored(model)
-        second = make_trainer(model, section.train, store, runtime(place, "second"))
+        second = make_trainer(model, stages[1], store, runtime(place, "second"))
         second.fit()
         model.load_state_dict(best(second))
         final, controls = scored(model)
