@@ -29,7 +29,7 @@ PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly
 
 
 def main(
-    system: Annotated[str, typer.Option(help="cris")],
+    system: Annotated[str, typer.Option(help="cris, risclip, lts")],
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Score a trained model: every expression once, named protocols, baselines, confidence intervals."""
@@ -38,7 +38,7 @@ def main(
     from pipelines.stage import check_names, params
     from ris_core.data.dataset import ShardStore
     from ris_core.evaluation.metrics import PROTOCOLS
-    from ris_core.models.systems import system_class
+    from ris_core.models.systems import load_model, locates
 
     name = check_names(dataset, system)
     chosen = params()
@@ -48,7 +48,8 @@ def main(
     store = ShardStore(paths.shards(dataset))
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
-    wanted = jobs(protocols, splits, chosen.evaluate, hasattr(system_class(system), "locate"))
+    model, _ = load_model(paths.model(system, dataset))
+    wanted = jobs(protocols, splits, chosen.evaluate, locates(model))
     tables = score(chosen, paths.model(system, dataset), paths.shards(dataset), wanted)
 
     metrics: dict[str, Any] = {}
@@ -83,7 +84,7 @@ def sorted_splits(known: Iterable[str]) -> list[str]:
     return sorted((split for split in known if split != "train"), key=lambda split: (split != "val", split))
 
 
-def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, locates: bool) -> list[dict[str, Any]]:
+def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, coarse: bool) -> list[dict[str, Any]]:
     """What is to be scored: each protocol on each split, and the controls under the first protocol."""
     found = [
         {"job": f"{protocol.name}/{split}", "protocol": protocol.name, "split": split, "seed": params.seed}
@@ -92,7 +93,7 @@ def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, l
     ]
     if params.shuffled_split in splits:
         common = {"protocol": protocols[0].name, "split": params.shuffled_split, "seed": params.seed}
-        found += [{"job": control, **common} for control in (*CONTROLS, *([LOCATED] if locates else []))]
+        found += [{"job": control, **common} for control in (*CONTROLS, *([LOCATED] if coarse else []))]
     return found
 
 

@@ -40,11 +40,12 @@ def draw(
 ) -> list[dict[str, Any]]:
     """Write one JPEG per row into `out` (prediction tinted, true outline in green) and return rows with file names.
 
+    The coarse map of a system that has one stands beside the mask.
     `answers.jpg` shows a hit of each kind, side by side. `threshold` is that of the protocol the rows were scored with,
     so that the pictures show what was scored.
     """
     from ris_core.data.shards import load_image
-    from ris_core.evaluation.figures import captioned, grid, overlay
+    from ris_core.evaluation.figures import captioned, grid, heat, overlay
     from ris_core.predictor import RISPredictor
 
     predictor = RISPredictor.from_folder(model, threshold=threshold)
@@ -61,9 +62,11 @@ def draw(
         scale = max(1, round(320 / max(pixels.shape[:2])))
         name = f"{number:02d}-{row['verdict']}-{row['kind']}.jpg"
         picture = overlay(pixels, prediction.mask, store.mask(index, ann_id).astype(bool), scale)
-        picture.save(out / name, quality=85)
         if row["verdict"] == "hit":
             hits.setdefault(row["kind"], captioned(picture, row["text"]))
+        if prediction.location is not None:
+            picture = grid([picture, heat(pixels, prediction.location, scale)], columns=2)
+        picture.save(out / name, quality=85)
         shown.append(
             {"file": name, **{key: row[key] for key in ("text", "kind", "verdict", "iou", "score", "sent_id")}}
         )

@@ -17,7 +17,7 @@ from pipelines.stage import run
 
 
 def main(
-    system: Annotated[str, typer.Option(help="cris, risclip")],
+    system: Annotated[str, typer.Option(help="cris, risclip, lts")],
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Write the model that training starts from; trains the first stage of a system that has one."""

@@ -17,12 +17,12 @@ from pipelines.stage import run
 
 
 def main(
-    system: Annotated[str, typer.Option(help="cris")],
+    system: Annotated[str, typer.Option(help="cris, risclip, lts")],
     dataset: Annotated[str, typer.Option(help="a dataset the system was trained and evaluated on")],
 ) -> None:
     """Log the model with its scores and lineage to MLflow and move the alias if it beats the champion."""
     from pipelines.stage import check_names, params
-    from ris_core.models.systems import load_model
+    from ris_core.models.systems import load_model, system_class
 
     check_names(dataset, system)
     chosen = params().register
@@ -55,7 +55,8 @@ def main(
         run_id = tracking.open_run(chosen.experiment, f"{name}-{tags['weights_sha256'][:12]}", {}, tags)
     with tracking.running(run_id, system_metrics=False):
         pictures = gallery if gallery.exists() else None
-        version = tracking.register_model(run_id, name, model, numbers, tags, pictures)
+        notice = getattr(system_class(system), "notice", None)
+        version = tracking.register_model(run_id, name, model, numbers, tags, pictures, notice)
     verdict = tracking.promote(name, version, chosen.alias, tags, chosen.minimum)
     files.write_json(
         paths.registration(system, dataset), {"model": name, "protocol": protocol, "score": score, **verdict}

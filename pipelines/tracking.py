@@ -209,11 +209,18 @@ def running(run_id: str, system_metrics: bool = True) -> Iterator[None]:
 
 
 def register_model(
-    run_id: str, name: str, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str], pictures: Path | None
+    run_id: str,
+    name: str,
+    folder: Path,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    pictures: Path | None,
+    notice: str | None = None,
 ) -> str:
     """Log a model folder as a pyfunc model of the run, with signature and input example, and register it; its version.
 
-    A version with the same weights, data and score (by its tags) is not registered twice.
+    `notice` becomes the description of the version. One with the same weights, data and score (by its tags) is not
+    registered twice.
     """
     import base64
     import io
@@ -260,7 +267,10 @@ def register_model(
             mlflow.log_artifacts(str(pictures), "gallery")
     log_metrics(run_id, {f"test/{key}": value for key, value in metrics.items()}, 0)
     print(f"logged {logged.model_uri}", file=sys.stderr)
-    return str(mlflow.register_model(logged.model_uri, name, tags=dict(tags)).version)
+    number = str(mlflow.register_model(logged.model_uri, name, tags=dict(tags)).version)
+    if notice:
+        client.update_model_version(name, number, description=notice)
+    return number
 
 
 def requirements() -> list[str]:

@@ -15,7 +15,7 @@ from pipelines.stage import run
 
 
 def main(
-    system: Annotated[str, typer.Option(help="cris, risclip")],
+    system: Annotated[str, typer.Option(help="cris, risclip, lts")],
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Train one system on one dataset; writes the best model and the learning curves."""

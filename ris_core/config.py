@@ -26,6 +26,7 @@ from ris_core.data.synthetic import SyntheticSpec
 from ris_core.errors import ConfigError, list_problems
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.models.cris import CRISConfig
+from ris_core.models.lts import LTSConfig
 from ris_core.models.risclip import RISCLIPConfig
 from ris_core.models.systems import SYSTEMS, has_first_stage
 
@@ -156,6 +157,16 @@ class RISCLIPSection:
 
 
 @dataclass
+class LTSSection:
+    """LTS: its CLIP is read only where `model` says clip."""
+
+    clip: str = option("rn", choices=CLIPS)
+    model: LTSConfig = field(default_factory=LTSConfig)
+    initialise: TrainParams | None = None
+    train: TrainParams = field(default_factory=TrainParams)
+
+
+@dataclass
 class EvaluateParams:
     """Stage `evaluate`: scores at original resolution, with baselines that show whether language is understood."""
 
@@ -207,6 +218,7 @@ class Params:
     train: TrainParams = field(default_factory=TrainParams)
     cris: CRISSection = field(default_factory=CRISSection)
     risclip: RISCLIPSection = field(default_factory=RISCLIPSection)
+    lts: LTSSection = field(default_factory=LTSSection)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
     register: RegisterParams = field(default_factory=RegisterParams)
     cluster: ClusterParams = field(default_factory=ClusterParams)

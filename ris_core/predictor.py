@@ -23,18 +23,23 @@ from ris_core.data.letterbox import Mode, letterbox_image, unletterbox
 from ris_core.data.text import encode, pad_tokens
 from ris_core.errors import DataError
 from ris_core.models.clip import normalise
-from ris_core.models.systems import load_model
+from ris_core.models.systems import load_model, locates, upsampled_map
 
 ImageLike = str | Path | bytes | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer. mask: bool (H, W) at the image's own size; score: mean probability inside the mask, 0 if it is empty."""
+    """One answer. mask: bool (H, W) at the image's own size; score: mean probability inside the mask, 0 if it is empty.
+
+    probability: float (H, W), of each pixel. location: float (H, W), the coarse map of a system that has one (LTS' position
+    prior, RISCLIP's patch-level map).
+    """
 
     mask: np.ndarray
     score: float
     probability: np.ndarray
+    location: np.ndarray | None = None
 
     @property
     def rle(self) -> dict[str, Any]:
@@ -79,15 +84,23 @@ class RISPredictor:
             raise DataError(f"expressions must be a list of non-blank texts; got {expressions!r}")
         tokens = torch.from_numpy(np.stack([pad_tokens(encode(text), self.word_len) for text in expressions]))
         index = torch.zeros(len(tokens), dtype=torch.long, device=self.device)
-        logits = self.model.segment(self._features, tokens.to(self.device), index)  # type: ignore[operator]
-        probabilities = logits.float().sigmoid()[:, 0]
-        full = unletterbox(probabilities, *self._size, self.image_size, self.resample, "grid").cpu().numpy()
+        inputs = (self._features, tokens.to(self.device), index)
+        full = self._original(self.model.segment(*inputs))  # type: ignore[operator]
+        located = [None] * len(full)
+        if locates(self.model):
+            located = list(self._original(upsampled_map(self.model, inputs, self.image_size)))
         chosen = self.threshold if threshold is None else threshold
         predictions = []
-        for probability in full:
+        for probability, location in zip(full, located, strict=True):
             mask = probability > chosen
-            predictions.append(Prediction(mask, float(probability[mask].mean()) if mask.any() else 0.0, probability))
+            score = float(probability[mask].mean()) if mask.any() else 0.0
+            predictions.append(Prediction(mask, score, probability, location))
         return predictions
+
+    def _original(self, logits: torch.Tensor) -> np.ndarray:
+        """Logits (N, 1, h, w) -> probabilities float (N, H, W) at the image's own size."""
+        probabilities = logits.float().sigmoid()[:, 0]
+        return unletterbox(probabilities, *self._size, self.image_size, self.resample, "grid").cpu().numpy()
 
 
 def read_image(image: ImageLike) -> np.ndarray:

@@ -80,6 +80,8 @@ risclip:
     skip_layers: [2]
   initialise: {{lr: 5.0e-3, ema_decay: 0.5, loss: &loss {{bce_weight: 0.0, focal_weight: 1.75, dice_weight: 1.0}}}}
   train: {{ema_decay: 0.5, loss: *loss}}
+lts:
+  model: {{backbone: clip, text: clip, fusion_dim: 16, dim: 16, head_dim: 16, aspp_rates: [2], freeze_token_embedding: true}}
 evaluate: {{bootstrap_samples: 50, images_per_batch: 4}}
 cluster: {{cpus_per_worker: 1, use_gpu: "no", max_failures: 0, evaluate_actors: 1}}
 """

@@ -24,6 +24,7 @@ from ris_core.data.text import encode, expression_kind, pad_token_batch
 from ris_core.errors import DataError
 from ris_core.evaluation.metrics import Protocol
 from ris_core.models.clip import normalise
+from ris_core.models.systems import upsampled_map
 
 TABLE_SCHEMA = pa.schema(
     [
@@ -143,11 +144,9 @@ def evaluate(
         longest = min(word_len, max(map(len, texts)))
         tokens = torch.from_numpy(pad_token_batch(texts, longest)).to(device)
         index = torch.tensor([place[query.image] for query in group], device=device)
-        logits = getattr(model, answer)(features, tokens, index).float()
-        if answer == "locate":  # its cells mean areas, those of a mask the pixels at which targets are sampled
-            size = store.image_size // int(model.stride)  # type: ignore[arg-type]
-            logits = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
-        probabilities = logits.sigmoid()[:, 0]
+        inputs = (features, tokens, index)
+        logits = upsampled_map(model, inputs, store.image_size) if answer == "locate" else model.segment(*inputs)  # type: ignore[operator]
+        probabilities = logits.float().sigmoid()[:, 0]
         for image in images:
             chosen = [i for i, query in enumerate(group) if query.image == image]
             rows += _score_image(

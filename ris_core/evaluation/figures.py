@@ -25,6 +25,14 @@ def overlay(rgb: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None, 
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def heat(rgb: np.ndarray, probability: np.ndarray, scale: int = 1) -> Image.Image:
+    """The image in grey with a map over it: rgb uint8 (H, W, 3), probability float (H, W) relative to its own maximum."""
+    grey = rgb.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    share = (probability / max(float(probability.max()), 1e-6))[:, :, None]
+    pixels = 0.6 * grey * (1 - share) + np.array(PREDICTED, np.float32) * share
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1))
+
+
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
     """Pixels of the mask within `width` pixels of its border, bool (H, W); the image's own border does not count."""
     inner = mask.astype(bool)

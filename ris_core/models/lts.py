@@ -146,9 +146,11 @@ class LTS(nn.Module):
     """
 
     stride = 4
+    notice = NOTICE
 
     def __init__(self, clip: CLIP | None, config: LTSConfig) -> None:
         super().__init__()
+        self.locates = config.prior != "none"
         uses = [name for name in ("backbone", "text", "word_vectors") if getattr(config, name) == "clip"]
         if uses and clip is None:
             raise ConfigError(f"LTS with {' and '.join(uses)} = clip needs a CLIP, got none")

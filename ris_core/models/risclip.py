@@ -247,6 +247,7 @@ class RISCLIP(nn.Module):
 
     first_stage = RISCLIPLocator
     frozen_clip = True
+    locates = True
 
     def __init__(self, clip: CLIP, config: RISCLIPConfig) -> None:
         super().__init__()

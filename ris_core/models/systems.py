@@ -16,9 +16,12 @@ A fifth system is one module and one line here. Its class has
     loss(output, target, params)                       of that output
     param_groups(lr, backbone_lr_multiplier, pos_embed_group)
 
-and may have `locate(features, tokens, image_index)`, a coarse map (N, 1, g, g) that people can look at and that is scored
-beside the masks; `first_stage`, the class of a part that is trained before the rest, with `adopt(state)` to take over its
-weights; and `frozen_clip = True`, if its state dict leaves CLIP's weights out.
+and may have
+
+    locates = True, locate(features, tokens, image_index)   a coarse map (N, 1, g, g) to look at, scored beside the masks
+    first_stage, adopt(state)                          the class of a part trained before the rest; takes over its weights
+    frozen_clip = True                                 its state dict leaves CLIP's weights out
+    notice                                             a text that goes with every registered version
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import importlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from ris_core.errors import ConfigError, WeightsError
 from ris_core.models.clip import CONFIG_FILE, WEIGHTS_FILE, build_clip, load_saved_clip, read_clip_config
@@ -44,6 +48,7 @@ CLIP_FOLDER = "clip"
 SYSTEMS = {  # name -> module, class, configuration
     "cris": ("ris_core.models.cris", "CRIS", "CRISConfig"),
     "risclip": ("ris_core.models.risclip", "RISCLIP", "RISCLIPConfig"),
+    "lts": ("ris_core.models.lts", "LTS", "LTSConfig"),
 }
 
 
@@ -53,6 +58,23 @@ def system_class(system: str) -> Any:
         raise ConfigError(f"unknown system '{system}'; there are {', '.join(SYSTEMS)}")
     module, name, _ = SYSTEMS[system]
     return getattr(importlib.import_module(module), name)
+
+
+def without_fetching(config: Any) -> Any:
+    """The configuration of a model whose weights are all in its folder: a backbone of timm needs none of its own."""
+    return replace(config, pretrained=False) if getattr(config, "pretrained", False) else config
+
+
+def locates(model: nn.Module) -> bool:
+    """Whether a model has a coarse map beside its masks."""
+    return bool(getattr(model, "locates", False))
+
+
+def upsampled_map(model: Any, inputs: tuple[Any, torch.Tensor, torch.Tensor], image_size: int) -> torch.Tensor:
+    """The coarse logits of `locate(*inputs)` at the size of mask logits: its cells mean areas, those of a mask points."""
+    logits = model.locate(*inputs).float()
+    size = image_size // int(model.stride)
+    return F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
 
 
 def keeps_clip(system: str) -> bool:
@@ -84,7 +106,7 @@ def export_model(
         os.replace(partial, folder / CLIP_FOLDER / name)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(partial))
     os.replace(partial, folder / "model.safetensors")
-    content = {"format": FORMAT, "system": system, "config": asdict(config), "info": info}
+    content = {"format": FORMAT, "system": system, "config": asdict(without_fetching(config)), "info": info}
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, folder / "model.json")
 

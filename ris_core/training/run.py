@@ -21,7 +21,14 @@ from ris_core.errors import ConfigError, WeightsError, list_problems
 from ris_core.evaluation.evaluator import evaluate, queries_of
 from ris_core.evaluation.metrics import PROTOCOLS, iou
 from ris_core.models.clip import load_saved_clip
-from ris_core.models.systems import build_model, export_model, load_model, read_model_info, system_class
+from ris_core.models.systems import (
+    build_model,
+    export_model,
+    load_model,
+    read_model_info,
+    system_class,
+    without_fetching,
+)
 from ris_core.training.loop import Trainer, Validate
 from ris_core.training.runtime import LocalRuntime, Runtime, sum_over_ranks
 
@@ -65,7 +72,7 @@ def check_start(start: Path, system: str, config: Any) -> None:
     if not (start / "model.json").exists():
         raise WeightsError(f"{start} holds no model to start from: run the stage initialise for it first")
     found = read_model_info(start)
-    wanted = asdict(config)
+    wanted = asdict(without_fetching(config))
     if found["system"] != system:
         raise ConfigError(f"{start} holds a {found['system']}, not the {system} to be trained")
     # JSON has lists for tuples

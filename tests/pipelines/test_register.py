@@ -271,6 +271,14 @@ def test_a_frozen_clip_is_registered_with_its_system(workplace: Workplace, store
     assert example.predict(example.input_example)["height"].tolist() == [48]
 
 
+def test_a_notice_goes_with_the_version(workplace: Workplace, store: Path) -> None:
+    export_untrained(workplace.tiny, Path("models/lts-shapes"), "lts")
+    files.write_json(Path("results/evaluate/lts-shapes/metrics.json"), {"ours": {"val": SCORES}})
+    register.main("lts", "shapes")
+    version = tracking.connect().get_model_version_by_alias("ris-lts-shapes", "champion")
+    assert version.description.startswith("Patent notice.")
+
+
 def test_the_example_of_a_version_is_a_picture(workplace: Workplace, store: Path) -> None:
     evaluated(workplace)
     register.main("cris", "shapes")

@@ -34,7 +34,7 @@ def test_the_repositorys_own_parameters_load() -> None:
     params = load_params(ROOT / "params.yaml")
     assert params.preset == "default"
     assert params.datasets == ["shapes"]
-    assert params.systems == ["cris", "risclip"]
+    assert params.systems == ["cris", "risclip", "lts"]
     assert isinstance(params.cris.model, CRISConfig)
     assert isinstance(params.risclip.model, RISCLIPConfig)
     assert isinstance(params.train, TrainParams)

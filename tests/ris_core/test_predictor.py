@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,25 @@ def test_it_sees_what_the_evaluator_sees(predictor: RISPredictor, tiny: Tiny) ->
         (one,) = predictor.predict([query.text])
         assert abs(int(one.mask.sum()) - row["area"]) <= 8, "only pixels at the threshold may differ"
         assert one.score == pytest.approx(row["score"], abs=2e-3)
+
+
+def test_a_coarse_map_comes_with_the_mask(predictor: RISPredictor, tiny: Tiny, tmp_path: Path, picture: Path) -> None:
+    section = tiny.params().lts
+    info = {"word_len": 12, "image_size": IMAGE_SIZE}
+    for prior in ("filtering", "none"):
+        config = replace(section.model, prior=prior)
+        model = build_model("lts", config, load_saved_clip(tiny.clip))
+        export_model(tmp_path / prior, "lts", model.state_dict(), config, tiny.clip, info)
+    locating, plain = (RISPredictor.from_folder(tmp_path / prior) for prior in ("filtering", "none"))
+    for each in (locating, plain, predictor):
+        each.set_image(picture)
+    (found,), (unlocated,), (cris,) = (each.predict(["the red star"]) for each in (locating, plain, predictor))
+    assert unlocated.location is None
+    assert cris.location is None
+    assert found.location is not None
+    assert found.location.shape == found.mask.shape
+    assert 0 < found.location.min() < found.location.max() < 1
+    assert not np.allclose(found.location, found.probability)
 
 
 def test_without_an_image_there_is_no_answer(predictor: RISPredictor) -> None:

@@ -18,6 +18,7 @@ from ris_core.errors import ConfigError, WeightsError
 from ris_core.models import systems
 from ris_core.models.clip import load_saved_clip, read_clip_config
 from ris_core.models.cris import CRIS, CRISConfig
+from ris_core.models.lts import LTS, LTSConfig
 from ris_core.models.risclip import RISCLIP
 from ris_core.models.systems import build_model, export_model, load_model, read_model_info
 
@@ -144,6 +145,26 @@ def test_unknown_options_of_a_newer_version_are_refused(folder: Path, tiny: Tiny
     with pytest.raises(WeightsError, match=r"model\.json is of another version of cris") as caught:
         load_model(changed(folder, config=config))
     assert "new_option" in str(caught.value)
+
+
+def test_a_folder_holds_all_weights_so_that_nothing_is_fetched_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    whole = LTS.__init__
+
+    def watched(self: LTS, clip: object, config: LTSConfig) -> None:
+        asked.append(config.pretrained)
+        whole(self, clip, replace(config, pretrained=False))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LTS, "__init__", watched)
+    config = LTSConfig(
+        backbone="resnet18", pretrained=True, embedding_dim=4, gru_dim=4, fusion_dim=8, dim=8, head_dim=8
+    )
+    model = build_model("lts", config, nn.Identity())
+    export_model(tmp_path, "lts", model.state_dict(), config, tiny.clip, INFO)
+    load_model(tmp_path)
+    assert asked == [True, False]
 
 
 def test_an_unknown_system_lists_the_known_ones(folder: Path, tiny: Tiny) -> None:
