@@ -1,122 +1,244 @@
-"""What each part of RISCLIP brings: both stages trained without it, on the same data, steps and seeds.
+"""What each part of a system brings: the system trained without it, on the same data, steps and seeds.
 
-python -m benchmarks.ablations [--dataset shapes] [--only whole no_ske] [--record]
+python -m benchmarks.ablations {risclip,lts} [--dataset shapes] [--only whole none] [--steps 20] [--epochs 1] [--record]
 
-Needs the shards and the ViT CLIP that `dvc repro` makes; sizes and budgets are those of the section `risclip` of
-params.yaml (with its preset).
+Needs the shards and the CLIPs that `dvc repro` makes; sizes and budgets are those of the system's section of
+params.yaml (with its preset), unless `--steps` or `--epochs` cut them short for a quick look.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.measure import Report, alone
 from pipelines import paths
 
 if TYPE_CHECKING:
+    import numpy as np
     from open_clip.model import CLIP
+    from torch import Tensor, nn
 
-    from ris_core.config import Params
+    from ris_core.config import Params, TrainParams
+    from ris_core.data.dataset import ShardStore
+    from ris_core.evaluation.metrics import Protocol
 
 VARIANTS = {
-    "whole": "RISCLIP",
-    "no_ske": "without SKE",
-    "no_cfe": "without CFE and adapters",
-    "random_clip": "on a random CLIP",
-    "learned_positions": "on a CLIP with learned positions",
-    "joint": "second stage trains the locator too",
+    "risclip": {
+        "whole": "RISCLIP",
+        "no_ske": "without SKE",
+        "no_cfe": "without CFE and adapters",
+        "random_clip": "on a random CLIP",
+        "learned_positions": "on a CLIP with learned positions",
+        "joint": "second stage trains the locator too",
+    },
+    "lts": {
+        "whole": "LTS",
+        "none": "without a prior",
+        "transformer": "located by the transformer",
+        "gaussian": "prior taught a Gaussian",
+        "stride_16": "prior at 1/16",
+        "no_coordinates": "without coordinates",
+        "oracle": "told the true prior",
+    },
 }
-CHANGES: dict[str, dict[str, Any]] = {
-    "no_ske": {"ske_blocks": 0},
-    "no_cfe": {"cfe_layers": 0},
-    "joint": {"joint": True},
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "risclip": {
+        "no_ske": {"ske_blocks": 0},
+        "no_cfe": {"cfe_layers": 0},
+        "joint": {"joint": True},
+    },
+    "lts": {
+        "none": {"prior": "none", "prior_weight": 0.0},
+        "transformer": {"prior": "transformer"},
+        "gaussian": {"prior_target": "gaussian"},
+        "stride_16": {"prior_stride": 16},
+        "no_coordinates": {"coordinates": "none"},
+        "oracle": {"prior": "none", "prior_weight": 0.0},  # what is told needs no locator
+    },
 }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `--steps` and `--epochs` put in the place of every training's own; None leaves it."""
+
+    steps_per_epoch: int | None = None
+    epochs: int | None = None
+
+    def changes(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def of(self, params: TrainParams) -> TrainParams:
+        """A training of params.yaml under this budget, its batches made in this process."""
+        return replace(params, loader_workers=0, **self.changes())
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="shapes")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
-    parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
-    args = parser.parse_args()
-    report = Report("ablations", {"dataset": args.dataset})
-    random_object: dict[str, float] = {}
+    args = parse()
+    budget = Budget(args.steps, args.epochs)
+    report = Report(f"ablations-{args.system}", {"dataset": args.dataset, **budget.changes()})
     for name in args.only:
-        found = alone(measure, name, args.dataset)
-        random_object = {metric: found[f"random object {metric}"] for metric in ("mIoU", "oIoU")}
-        for metric in ("mIoU", "oIoU"):
-            ratio = found[metric] / random_object[metric]
-            report.add(f"{VARIANTS[name]}: {metric}", found[metric], "", ratio, "a random object")
-        report.add("  right object", found["right object"], "of all")
-        report.add("  after the first stage: mIoU", found["first stage mIoU"], "")
-        report.add("  before any training: mIoU", found["untrained mIoU"], "")
+        found = alone(measure, args.system, name, args.dataset, budget)
+        report_variant(report, VARIANTS[args.system][name], found)
     report.finish(args.record)
 
 
-def measure(variant: str, dataset: str) -> dict[str, float]:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; each system has variants of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    systems = parser.add_subparsers(dest="system", required=True)
+    for system, variants in VARIANTS.items():
+        of_system = systems.add_parser(system, help=", ".join(variants))
+        of_system.add_argument("--dataset", default="shapes")
+        of_system.add_argument("--only", nargs="+", choices=list(variants), default=list(variants), help="default: all")
+        of_system.add_argument(
+            "--steps", type=positive, help="per epoch, of every training (default: as in params.yaml)"
+        )
+        of_system.add_argument("--epochs", type=positive, help="of every training (default: as in params.yaml)")
+        of_system.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
+    return parser.parse_args(words)
+
+
+def positive(text: str) -> int:
+    """A number of the command line. Raises ArgumentTypeError below 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: use 1 or more")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scores of one variant, and those of picking an object at random; `beside` are further rows: (what, value, unit)."""
+
+    scores: dict[str, float]
+    right_object: float
+    random_object: dict[str, float]
+    beside: list[tuple[str, float, str]]
+
+
+def report_variant(report: Report, title: str, found: Found) -> None:
+    """mIoU and oIoU beside a random object's, then what else there is to know."""
+    for metric in ("mIoU", "oIoU"):
+        ratio = found.scores[metric] / found.random_object[metric]
+        report.add(f"{title}: {metric}", found.scores[metric], "", ratio, "a random object")
+    report.add("  right object", found.right_object, "of all")
+    for row in found.beside:
+        report.add(f"  {row[0]}", *row[1:])
+
+
+def measure(system: str, variant: str, dataset: str, budget: Budget) -> Found:
     """Train one variant in this process and score it on the whole validation split under protocol `ours`."""
     import torch
-    from torch import nn
 
+    from benchmarks.models import OracleLTS
     from ris_core.config import load_params
     from ris_core.data.dataset import ShardStore
-    from ris_core.evaluation.evaluator import evaluate, queries_of
-    from ris_core.evaluation.metrics import PROTOCOLS, scores
-    from ris_core.models.risclip import RISCLIP
-    from ris_core.training.loop import Trainer
+    from ris_core.models.systems import system_class
+
+    params = load_params(paths.PARAMS)
+    store, section = ShardStore(paths.shards(dataset)), getattr(params, system)
+    config = replace(section.model, **CHANGES[system].get(variant, {}))
+    torch.manual_seed(params.train.seed)
+    clip = variant_clip(system, variant, params)
+    torch.manual_seed(params.train.seed)
+    kind: Any = OracleLTS if variant == "oracle" else system_class(system)
+    model = kind.build(clip, config)
+    beside: list[tuple[str, float, str]] = []
+    with tempfile.TemporaryDirectory() as place:
+        if section.initialise is not None:
+            untrained = score(model, store, section.train.word_len)
+            locator = system_class(system).first_stage.build(clip, config)
+            model.adopt(train(locator, budget.of(section.initialise), store, Path(place) / "first"))
+            located = score(model, store, section.train.word_len)
+            beside += [("after the first stage: mIoU", located.scores["mIoU"], "")]
+            beside += [("before any training: mIoU", untrained.scores["mIoU"], "")]
+        model.load_state_dict(train(model, budget.of(section.train), store, Path(place) / "second"))
+    if system == "lts":
+        beside += lts_rows(model, store, section.train.word_len)
+    return replace(score(model, store, section.train.word_len), beside=beside)
+
+
+def lts_rows(model: Any, store: ShardStore, word_len: int) -> list[tuple[str, float, str]]:
+    """How well the prior alone answers, where there is one, and how much is trained."""
+    from benchmarks.models import OracleLTS
+
+    rows = []
+    if model.locates or isinstance(model, OracleLTS):
+        rows += [("the prior alone: mIoU", score(model, store, word_len, "locate").scores["mIoU"], "")]
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return [*rows, ("trained parameters", count / 1e6, "million")]
+
+
+def train(model: Any, params: TrainParams, store: ShardStore, place: Path) -> dict[str, Tensor]:
+    """One stage of training from its beginning; returns the weights that are kept of it."""
+    from benchmarks.models import OracleLTS
     from ris_core.training.run import make_trainer
     from ris_core.training.runtime import LocalRuntime
 
-    params = load_params(paths.PARAMS)
-    store, section = ShardStore(paths.shards(dataset)), params.risclip
-    config = replace(section.model, **CHANGES.get(variant, {}))
-    torch.manual_seed(params.train.seed)
-    clip = variant_clip(variant, params)
-    protocol = PROTOCOLS["ours"]
-    queries = queries_of(store, "val", protocol)
-
-    def runtime(place: str, stage: str) -> LocalRuntime:
-        return LocalRuntime(Path(place) / stage)
-
-    def best(trainer: Trainer) -> dict[str, torch.Tensor]:
-        assert trainer.best is not None
-        return trainer.best
-
-    def scored(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        table = evaluate(model, store, queries, protocol, word_len=section.train.word_len, split="val")
-        column = {name: table[name].to_numpy() for name in table.column_names if name not in ("text", "kind", "split")}
-        controls = {
-            "right object": float(column["right_object"].mean()),
-            "random object mIoU": float(column["random_iou"].mean()),
-            "random object oIoU": float(column["random_intersection"].sum() / column["random_union"].sum()),
-        }
-        return scores(column["intersection"], column["union"]), controls
-
-    with tempfile.TemporaryDirectory() as place:
-        torch.manual_seed(params.train.seed)
-        model = RISCLIP.build(clip, config)
-        untrained, _ = scored(model)
-        assert section.initialise is not None
-        stages = [replace(stage, loader_workers=0) for stage in (section.initialise, section.train)]
-        locator = RISCLIP.first_stage.build(clip, config)
-        first = make_trainer(locator, stages[0], store, runtime(place, "first"))
-        first.fit()
-        model.adopt(best(first))
-        located, _ = scored(model)
-        second = make_trainer(model, stages[1], store, runtime(place, "second"))
-        second.fit()
-        model.load_state_dict(best(second))
-        final, controls = scored(model)
-    found = {"first stage mIoU": located["mIoU"], "untrained mIoU": untrained["mIoU"], **controls}
-    return {**found, "mIoU": final["mIoU"], "oIoU": final["oIoU"]}
+    trainer = make_trainer(model, params, store, LocalRuntime(place))
+    if isinstance(model, OracleLTS):
+        trainer.validate = partial(validate_oracle, store=store, params=params)
+    trainer.fit()
+    assert trainer.best is not None
+    return trainer.best
 
 
-def variant_clip(variant: str, params: Params) -> CLIP:
+def validate_oracle(model: nn.Module, store: ShardStore, params: TrainParams) -> dict[str, float]:
+    """What the training's own validation says of other models, for one that must be told the truth."""
+    from ris_core.evaluation.metrics import PROTOCOLS, scores
+
+    images = store.images_of(params.validate_split)[: params.validate_images].tolist()
+    protocol = PROTOCOLS[params.validate_protocol]
+    column = columns(model, store, params.word_len, protocol, params.validate_split, images)
+    found = scores(column["intersection"], column["union"])
+    return {f"val/{metric}": found[metric] for metric in ("mIoU", "oIoU")}
+
+
+def score(
+    model: nn.Module, store: ShardStore, word_len: int, method: Literal["segment", "locate"] = "segment"
+) -> Found:
+    """Scores on the whole validation split, of the masks or of the coarse map."""
+    from ris_core.evaluation.metrics import PROTOCOLS, scores
+
+    column = columns(model, store, word_len, PROTOCOLS["ours"], "val", method=method)
+    random_object = {
+        "mIoU": float(column["random_iou"].mean()),
+        "oIoU": float(column["random_intersection"].sum() / column["random_union"].sum()),
+    }
+    found = scores(column["intersection"], column["union"])
+    return Found(found, float(column["right_object"].mean()), random_object, [])
+
+
+def columns(
+    model: nn.Module,
+    store: ShardStore,
+    word_len: int,
+    protocol: Protocol,
+    split: str,
+    images: list[int] | None = None,
+    method: Literal["segment", "locate"] = "segment",
+) -> dict[str, np.ndarray]:
+    """The table of an evaluation by columns, texts left out."""
+    from benchmarks.models import OracleAnswers, OracleLTS
+    from ris_core.evaluation.answers import Answerer, MapAnswers
+    from ris_core.evaluation.evaluator import evaluate
+    from ris_core.evaluation.queries import queries_of
+
+    answer: Answerer = MapAnswers(model, word_len, method)
+    if isinstance(model, OracleLTS):
+        answer = OracleAnswers(model, word_len, method)
+    table = evaluate(answer, store, queries_of(store, split, protocol, images), protocol, split=split)
+    return {name: table[name].to_numpy() for name in table.column_names if name not in ("text", "kind", "split")}
+
+
+def variant_clip(system: str, variant: str, params: Params) -> CLIP:
     """The CLIP of a variant: the pipeline's own, the same with random weights, or one pre-trained with learned positions."""
     import torch
 
@@ -124,7 +246,7 @@ def variant_clip(variant: str, params: Params) -> CLIP:
     from ris_core.training.pretrain import pretrain_clip, read_captions
     from ris_core.training.runtime import best_device
 
-    folder = paths.clip(params.risclip.clip)
+    folder = paths.clip(getattr(params, system).clip)
     if variant not in ("random_clip", "learned_positions"):
         return load_saved_clip(folder)
     architecture = read_clip_config(folder)["architecture"]

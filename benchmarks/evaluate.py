@@ -1,4 +1,4 @@
-"""What encoding an image once for all its expressions brings, and what the meter costs beside the model.
+"""What encoding an image (or its proposals) once for all its expressions brings, and what the meter costs beside the model.
 
 python -m benchmarks.evaluate [--full] [--device cuda] [--threads 1] [--record]
 """
@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import global_local
 from benchmarks.measure import Report, Timing, alone, best_of
 from benchmarks.samples import EXPRESSIONS, HEIGHT, OBJECTS, SPLIT, WIDTH, write_store
 
@@ -23,7 +24,9 @@ BOOTSTRAP_SAMPLES = 1000
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="also the published CRIS-R50 at 416")
+    parser.add_argument(
+        "--full", action="store_true", help="also CRIS-R50 at 416 and Global-Local on ViT-B/32 and RN50"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1, as each actor of the stage has)")
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
@@ -32,6 +35,10 @@ def main() -> None:
     report = Report("evaluate" if args.device == "cpu" else f"evaluate-{args.device}", settings)
     for name in ["small", "r50"] if args.full else ["small"]:
         report_model(report, alone(measure_model, name, args.device, args.threads), args.device)
+    for name, published in global_local.CASES.items():
+        if args.full or not published:
+            found = alone(global_local.measure, name, args.device, args.threads)
+            global_local.report_case(report, found, args.device)
     report_meter(report, alone(measure_meter, args.threads))
     report.finish(args.record)
 
@@ -57,8 +64,10 @@ def measure_model(name: str, device: str, threads: int) -> Found:
     from ris_core.data.dataset import ShardStore
     from ris_core.data.letterbox import unletterbox
     from ris_core.data.text import tokenize
-    from ris_core.evaluation.evaluator import evaluate, pairwise_overlap, queries_of
+    from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
+    from ris_core.evaluation.evaluator import evaluate
     from ris_core.evaluation.metrics import PROTOCOLS
+    from ris_core.evaluation.queries import queries_of
     from ris_core.models.clip import normalise
 
     torch.set_num_threads(threads)
@@ -76,6 +85,7 @@ def measure_model(name: str, device: str, threads: int) -> Found:
     maps = torch.rand(EXPRESSIONS, chosen.image_size // 4, chosen.image_size // 4, device=device)
     full = unletterbox(maps, HEIGHT, WIDTH, chosen.image_size)
 
+    answer = MapAnswers(model, chosen.train.word_len)
     logits: dict[str, torch.Tensor] = {}
 
     def shared() -> None:
@@ -92,9 +102,7 @@ def measure_model(name: str, device: str, threads: int) -> Found:
         "shared": shared,
         "repeated": repeated,
         "one_by_one": one_by_one,
-        "evaluate": lambda: evaluate(
-            model, store, queries, protocol, word_len=chosen.train.word_len, split=SPLIT, images_per_batch=IMAGES[name]
-        ),
+        "evaluate": lambda: evaluate(answer, store, queries, protocol, split=SPLIT, images_per_batch=IMAGES[name]),
         "unletterbox": lambda: [unletterbox(maps, HEIGHT, WIDTH, chosen.image_size) for _ in range(IMAGES[name])],
         "overlap": lambda: [pairwise_overlap(full > 0.5, masks) for _ in range(IMAGES[name])],
     }
@@ -139,7 +147,7 @@ def measure_meter(threads: int) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from ris_core.evaluation.evaluator import pairwise_overlap
+    from ris_core.evaluation.answers import pairwise_overlap
     from ris_core.evaluation.metrics import bootstrap_intervals, scores
 
     torch.set_num_threads(threads)

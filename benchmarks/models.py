@@ -1,24 +1,36 @@
-"""The models that are timed, with random weights, and what a matrix product reaches on the same machine."""
+"""The models that are timed, with random weights, what a matrix product reaches on the same machine, and the one model
+that only a benchmark trains: an LTS that is told where to look.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Timing, best_of
 from pipelines.paths import PARAMS
 from ris_core.config import LossParams, TrainParams, load_params
+from ris_core.data.letterbox import letterbox_mask
+from ris_core.evaluation.answers import Answers, MapAnswers
 from ris_core.models.clip import load_clip
 from ris_core.models.cris import CRISConfig
+from ris_core.models.lts import LTS
+from ris_core.models.lts_layers import ImageFeatures
 from ris_core.models.risclip import RISCLIPConfig
 from ris_core.models.systems import keeps_clip, system_class
+from ris_core.training.losses import segmentation_loss
 
 if TYPE_CHECKING:
+    from ris_core.data.dataset import ShardStore
+    from ris_core.evaluation.metrics import Protocol
+    from ris_core.evaluation.queries import Query
     from ris_core.models.clip import Architecture
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -93,8 +105,77 @@ def matmul_rate(device: str) -> float:
 def gflop(function: Callable[[], object]) -> float:
     """GFLOP (2 per multiply-add) of the convolutions and matrix products of a call, backward passes included.
 
-    Attention is computed the plain way meanwhile: the counter does not know the fused kernel of CPUs.
+    Attention is computed the plain way meanwhile: the counter knows neither the fused kernel of CPUs nor the one call that
+    torch makes of a whole `nn.MultiheadAttention` in evaluation, projections included.
     """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        function()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            function()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 1e9
+
+
+class OracleLTS(LTS):
+    """LTS as if it always located rightly: the prior is the true mask at the prior's size, in training and in evaluation.
+
+    To be built with `prior` none: there is no locator to train. How much better it is than LTS is what is lost by
+    locating. In evaluation it is asked through `OracleAnswers`.
+    """
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None) -> Any:
+        """What `segment` asks for: the truth is known to `loss` only, so that the rest of the pass is left to it."""
+        features = self.encode_image(images)
+        # float, because the loss is computed outside autocast
+        return ImageFeatures(*(part.float() for part in features)), tokens, image_index
+
+    def loss(self, output: Any, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        """The mask's loss of what is segmented with the targets as prior; arguments as of LTS."""
+        features, tokens, image_index = output
+        mask = self.segment(features, tokens, image_index, self.prior_target(target))
+        return segmentation_loss(mask, target, params)
+
+
+class Told(nn.Module):
+    """An LTS and a prior (N, 1, h, w) for each of the N expressions it will be asked."""
+
+    def __init__(self, model: LTS, priors: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.priors, self.stride = model, priors, model.stride
+
+    def encode_image(self, images: torch.Tensor) -> ImageFeatures:
+        return self.model.encode_image(images)
+
+    def locate(self, features: ImageFeatures, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+        """Logits of the priors, finite."""
+        return self.priors.to(tokens.device).logit(eps=1e-4)
+
+    def segment(self, features: ImageFeatures, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+        """As LTS, with these priors."""
+        return self.model.segment(features, tokens, image_index, self.priors.to(tokens.device))
+
+
+@dataclass(frozen=True)
+class OracleAnswers:
+    """An oracle's answers: of each expression it is told where the true mask is. Fields as of `MapAnswers`."""
+
+    model: OracleLTS
+    word_len: int
+    method: Literal["segment", "locate"] = "segment"
+
+    def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
+        told = Told(self.model, true_priors(self.model, store, queries))
+        return MapAnswers(told, self.word_len, self.method)(store, queries, protocol)
+
+
+def true_priors(model: LTS, store: ShardStore, queries: Sequence[Query]) -> torch.Tensor:
+    """What the model's prior should be for each query: (N, 1, h, w), as it is taught in training."""
+    targets = [
+        letterbox_mask(
+            store.mask(query.image, query.ann_id), store.image_size, stride=model.stride, mode=store.resample
+        )
+        for query in queries
+    ]
+    return model.prior_target(torch.from_numpy(np.stack(targets))[:, None])

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,11 @@ WORDS = ("man", "woman", "left", "right", "red", "blue", "shirt", "with", "on", 
 def write_images(folder: Path, images: int, words: int = 5, seed: int = 0) -> list[ImageRecord]:
     """Write photo-like JPEGs into a folder; returns their records, each sentence of `words` words."""
     random = np.random.default_rng(seed)
-    world = _world(random)
+    views = photos(random)
     records = []
     for image in range(images):
         name = f"{image:06d}.jpg"
-        (folder / name).write_bytes(_photo(world, random))
+        (folder / name).write_bytes(next(views))
         first = OBJECTS * image
         objects = tuple(_object(random, first + k) for k in range(OBJECTS))
         refs = tuple(
@@ -53,6 +54,13 @@ def write_store(folder: Path, images: int, size: int, words: int = 5) -> Path:
     entry = write_shard(shards / "part-00000.arrow", write_images(photos, images, words), photos, options)
     write_manifest(shards, "benchmark", options, [entry])
     return shards
+
+
+def photos(random: np.random.Generator) -> Iterator[bytes]:
+    """Photo-like JPEGs, 640x480, without end: views of one scene."""
+    world = _world(random)
+    while True:
+        yield _photo(world, random)
 
 
 def _world(random: np.random.Generator) -> np.ndarray:

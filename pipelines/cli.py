@@ -11,7 +11,19 @@ from typing import Annotated
 
 import typer
 
-from pipelines import evaluate, initialise, paths, prepare, preprocess, pretrain_clip, register, report, synthesize
+from pipelines import (
+    compare,
+    evaluate,
+    initialise,
+    paths,
+    prepare,
+    preprocess,
+    pretrain_clip,
+    propose,
+    register,
+    report,
+    synthesize,
+)
 from pipelines import train as train_stage
 
 commands = typer.Typer(
@@ -24,11 +36,13 @@ for verb, module in (
     ("synthesize", synthesize),
     ("prepare", prepare),
     ("preprocess", preprocess),
+    ("propose", propose),
     ("pretrain-clip", pretrain_clip),
     ("initialise", initialise),
     ("train", train_stage),
     ("evaluate", evaluate),
     ("register", register),
+    ("compare", compare),
     ("report", report),
 ):
     commands.command(verb)(module.main)

@@ -17,12 +17,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the keys of the first as header; the form `dvc plots` reads."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], without_rows: Sequence[str] = ()) -> None:
+    """Rows with the keys of the first as header, or `without_rows` where there are none; the form `dvc plots` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else list(without_rows), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)

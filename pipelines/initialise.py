@@ -17,7 +17,7 @@ from pipelines.stage import run
 
 
 def main(
-    system: Annotated[str, typer.Option(help="cris, risclip, lts")],
+    system: Annotated[str, typer.Option(help="a system of ris_core/models")],
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Write the model that training starts from; trains the first stage of a system that has one."""
@@ -25,7 +25,7 @@ def main(
     from pipelines.training import tracked_fit
     from ris_core.data.dataset import ShardStore
     from ris_core.models.clip import read_clip_config
-    from ris_core.models.systems import export_model
+    from ris_core.models.systems import export_model, trains
     from ris_core.training.run import initial_model
 
     check_names(dataset, system)
@@ -41,6 +41,9 @@ def main(
         "clip_digest": clip_digest,
         "data_digest": fingerprint.file_digest(paths.shards(dataset) / "manifest.json"),
     }
+    if not trains(system):
+        info["proposals"] = asdict(chosen.proposals)
+        del info["proposals"]["splits"]
     first, scores = None, {}
     with files.replaced_folder(paths.initialisation(system, dataset)) as results:
         if section.initialise is not None:

@@ -26,6 +26,15 @@ def shards(dataset: str) -> Path:
     return Path("data/shards") / dataset
 
 
+def proposals(dataset: str) -> Path:
+    """Masks to choose among, as a folder that `ris_core.data.proposal_store` reads."""
+    return Path("data/proposals") / dataset
+
+
+def proposal_scores(dataset: str) -> Path:
+    return Path("results/proposals") / f"{dataset}.json"
+
+
 def clip(name: str) -> Path:
     """A CLIP that systems start from, as a folder that `ris_core.models.clip.load_saved_clip` reads."""
     return Path("data/clip") / name
@@ -60,6 +69,11 @@ def evaluation(system: str, dataset: str) -> Path:
 def expressions(system: str, dataset: str) -> Path:
     """The per-expression tables of an evaluation, one Parquet file per protocol."""
     return Path("data/expressions") / f"{system}-{dataset}"
+
+
+def comparison(dataset: str) -> Path:
+    """How the systems compare on one dataset: paired tests, and pictures of hard expressions."""
+    return Path("results/compare") / dataset
 
 
 def registration(system: str, dataset: str) -> Path:

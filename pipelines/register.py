@@ -17,7 +17,7 @@ from pipelines.stage import run
 
 
 def main(
-    system: Annotated[str, typer.Option(help="cris, risclip, lts")],
+    system: Annotated[str, typer.Option(help="a system of ris_core/models")],
     dataset: Annotated[str, typer.Option(help="a dataset the system was trained and evaluated on")],
 ) -> None:
     """Log the model with its scores and lineage to MLflow and move the alias if it beats the champion."""
@@ -45,6 +45,7 @@ def main(
         "git_commit": fingerprint.git_commit(),
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
+        "config_digest": info["config_digest"],
         "weights_sha256": fingerprint.file_digest(model / "model.safetensors"),
         "dvc_lock_sha256": fingerprint.file_digest(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
     }

@@ -31,11 +31,9 @@ def check_names(dataset: str, system: str | None = None) -> DatasetName:
 
     name = DatasetName.parse(dataset)
     if system is not None:
-        from ris_core.errors import ConfigError
-        from ris_core.models.systems import SYSTEMS
+        from ris_core.models.systems import system_class
 
-        if system not in SYSTEMS:
-            raise ConfigError(f"there is no system '{system}'; there are {', '.join(SYSTEMS)}")
+        system_class(system)
     return name
 
 

@@ -219,8 +219,8 @@ def register_model(
 ) -> str:
     """Log a model folder as a pyfunc model of the run, with signature and input example, and register it; its version.
 
-    `notice` becomes the description of the version. One with the same weights, data and score (by its tags) is not
-    registered twice.
+    `notice` becomes the description of the version. One with the same weights, configuration, data and score (by its
+    tags) is not registered twice.
     """
     import base64
     import io
@@ -234,8 +234,9 @@ def register_model(
 
     client = connect()
     same = client.search_model_versions(f"name = '{name}'")
+    alike = ("weights_sha256", "clip_digest", "config_digest", "data_digest", "score")
     for version in same:
-        if all(version.tags.get(key) == tags[key] for key in ("weights_sha256", "data_digest", "score")):
+        if all(version.tags.get(key) == tags[key] for key in alike):
             return str(version.version)
     buffer = io.BytesIO()
     Image.fromarray(np.full((48, 64, 3), 127, np.uint8)).save(buffer, "PNG")
@@ -288,8 +289,11 @@ def requirements() -> list[str]:
         "pyarrow",
         "pillow",
         "pycocotools",
+        "omegaconf",
+        "safetensors",
+        "scikit-image",
     )
-    return [f"{name}=={version(name)}" for name in (*needed, "omegaconf", "safetensors")]
+    return [f"{name}=={version(name)}" for name in needed]
 
 
 def promote(name: str, version: str, alias: str, tags: Mapping[str, str], minimum: float) -> dict[str, str]:

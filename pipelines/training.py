@@ -23,16 +23,13 @@ if TYPE_CHECKING:
 Stage = Literal["initialise", "train"]
 
 
-def tracked_fit(
-    params: Params, system: str, dataset: str, stage: Stage, base: Path, base_digest: str, parent: str | None = None
-) -> tuple[Checkpoint, str]:
-    """One training from its beginning, or from where it was interrupted, to its end: final checkpoint and MLflow run.
-
-    `base` is the folder of what is begun with, a CLIP for stage `initialise` and a model for stage `train`; its digest
-    stands for its content. `parent` is the MLflow run that this one is shown under.
-    """
+def open_run(
+    params: Params, system: str, dataset: str, stage: Stage, base_digest: str, parent: str | None = None
+) -> tuple[str, str]:
+    """The MLflow run of a training, new or found again: its name, which ends in a fingerprint of its inputs, and its id."""
     section = getattr(params, system)
-    chosen = asdict(getattr(section, stage))
+    training = getattr(section, stage)
+    chosen = asdict(training) if training is not None else {}
     data_digest = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
     name = fingerprint.run_name(stage, system, dataset, asdict(section.model), chosen, data_digest, base_digest)
     run_id = tracking.open_run(
@@ -49,6 +46,18 @@ def tracked_fit(
         parent,
     )
     tracking.log_dataset(run_id, dataset, paths.shards(dataset), data_digest, "training")
+    return name, run_id
+
+
+def tracked_fit(
+    params: Params, system: str, dataset: str, stage: Stage, base: Path, base_digest: str, parent: str | None = None
+) -> tuple[Checkpoint, str]:
+    """One training from its beginning, or from where it was interrupted, to its end: final checkpoint and MLflow run.
+
+    `base` is the folder of what is begun with, a CLIP for stage `initialise` and a model for stage `train`; its digest
+    stands for its content. `parent` is the MLflow run that this one is shown under.
+    """
+    name, run_id = open_run(params, system, dataset, stage, base_digest, parent)
     with tracking.running(run_id), cluster.connected():
         return fit(params, system, dataset, stage, base, name, run_id), run_id
 

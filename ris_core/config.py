@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -25,10 +25,8 @@ from ris_core.data.refer import DATASETS
 from ris_core.data.synthetic import SyntheticSpec
 from ris_core.errors import ConfigError, list_problems
 from ris_core.evaluation.metrics import PROTOCOLS
-from ris_core.models.cris import CRISConfig
-from ris_core.models.lts import LTSConfig
-from ris_core.models.risclip import RISCLIPConfig
-from ris_core.models.systems import SYSTEMS, has_first_stage
+from ris_core.models.proposals import ProposalOptions
+from ris_core.models.systems import has_first_stage, system_class, systems, trains
 
 CLIPS = ("rn", "vit")  # each has a section `clip_<name>` and a folder data/clip/<name>
 
@@ -79,9 +77,7 @@ class ClipParams:
     weight_decay: float = option(0.05, minimum=0)
     warmup_steps: int = option(30, minimum=0)
     scene_loss: float = option(1.0, minimum=0)  # weight of scenes against their captions
-    patch_loss: float = option(
-        0.0, minimum=0
-    )  # weight of the patches of an image against each other, for a region's caption
+    patch_loss: float = option(0.0, minimum=0)  # weight of an image's patches against each other, for a caption
 
 
 @dataclass
@@ -128,42 +124,17 @@ class TrainParams:
     loss: LossParams = field(default_factory=LossParams)
     loader_workers: int = option(0, minimum=0)
     checkpoint_every_steps: int | None = option(None, minimum=1)
-    keep: str = option(
-        "best", choices=("best", "last")
-    )  # which epoch's weights are the result, best by validation mIoU
+    keep: str = option("best", choices=("best", "last"))  # the epoch whose weights are kept; best by validation mIoU
     validate_split: str = "val"
     validate_images: int | None = option(None, minimum=1)
     validate_protocol: str = option("ours", choices=tuple(PROTOCOLS))
 
 
-@dataclass
-class CRISSection:
-    """CRIS: which CLIP it starts from, its sizes, its training."""
+@dataclass(frozen=True)
+class ProposalsParams(ProposalOptions):
+    """Stage `propose`: the masks among which zero-shot systems choose."""
 
-    clip: str = option("rn", choices=CLIPS)
-    model: CRISConfig = field(default_factory=CRISConfig)
-    initialise: TrainParams | None = None
-    train: TrainParams = field(default_factory=TrainParams)
-
-
-@dataclass
-class RISCLIPSection:
-    """RISCLIP: `initialise` trains its locator (stage 1), `train` its decoder (stage 2)."""
-
-    clip: str = option("vit", choices=CLIPS)
-    model: RISCLIPConfig = field(default_factory=RISCLIPConfig)
-    initialise: TrainParams | None = field(default_factory=TrainParams)
-    train: TrainParams = field(default_factory=TrainParams)
-
-
-@dataclass
-class LTSSection:
-    """LTS: its CLIP is read only where `model` says clip."""
-
-    clip: str = option("rn", choices=CLIPS)
-    model: LTSConfig = field(default_factory=LTSConfig)
-    initialise: TrainParams | None = None
-    train: TrainParams = field(default_factory=TrainParams)
+    splits: list[str] | None = None  # all but train
 
 
 @dataclass
@@ -200,25 +171,41 @@ class ClusterParams:
     evaluate_actors: int = option(2, minimum=1)
 
 
+def _section(system: str) -> Any:
+    """The section of a system: the CLIP it starts from, its `model`, and its trainings, null where it has none."""
+    config = system_class(system).config_class
+    trainings = {"initialise": has_first_stage(system), "train": trains(system)}
+    fields: list[Any] = [
+        ("clip", str, option(CLIPS[0], choices=CLIPS)),
+        ("model", config, field(default_factory=config)),
+    ]
+    for name, has in trainings.items():
+        fields.append((name, TrainParams | None, field(default_factory=TrainParams) if has else None))
+    return make_dataclass(f"Section_{system}", fields)
+
+
+# So a fifth system needs no line here.
+_SECTIONS = {system: _section(system) for system in systems()}
+_Sections: Any = make_dataclass("_Sections", [(s, kind, field(default_factory=kind)) for s, kind in _SECTIONS.items()])
+
+
 @dataclass
-class Params:
-    """The whole of `params.yaml`."""
+class Params(_Sections):
+    """The whole of `params.yaml`; beside what is here it has a section for each system, of that name."""
 
     preset: str = "default"
     synthetic_datasets: list[str] = option(["shapes"], choices=tuple(FLAVOURS))
     datasets: list[str] = option(["shapes"], choices=tuple(DATASETS))
-    systems: list[str] = option(["cris"], choices=tuple(SYSTEMS))
+    systems: list[str] = option(["cris"], choices=tuple(systems()))
     clips: list[str] = option(["rn"], choices=CLIPS)
     captions: str = option("shapes", choices=tuple(FLAVOURS))
     synthesize: SyntheticSpec = field(default_factory=SyntheticSpec)
     prepare: PrepareParams = field(default_factory=PrepareParams)
     preprocess: PreprocessParams = field(default_factory=PreprocessParams)
+    proposals: ProposalsParams = field(default_factory=ProposalsParams)
     clip_rn: ClipParams = field(default_factory=ClipParams)
     clip_vit: ClipParams = field(default_factory=ClipParams)
     train: TrainParams = field(default_factory=TrainParams)
-    cris: CRISSection = field(default_factory=CRISSection)
-    risclip: RISCLIPSection = field(default_factory=RISCLIPSection)
-    lts: LTSSection = field(default_factory=LTSSection)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
     register: RegisterParams = field(default_factory=RegisterParams)
     cluster: ClusterParams = field(default_factory=ClusterParams)
@@ -265,11 +252,14 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         for system in params.systems
         if (name := getattr(params, system).clip) not in params.clips
     ]
-    problems += [
-        f"{system}.initialise: {system} has no stage of training before the one: set it to null"
-        for system in params.systems
-        if getattr(params, system).initialise is not None and not has_first_stage(system)
-    ]
+    for system in params.systems:
+        has = {"initialise": has_first_stage(system), "train": trains(system)}
+        for name, wanted in has.items():
+            given = getattr(getattr(params, system), name) is not None
+            if given and not wanted:
+                problems.append(f"{system}.{name}: {system} has no such training: set it to null")
+            if wanted and not given:
+                problems.append(f"{system}.{name}: {system} needs this training: it cannot be null")
     if problems:
         raise ConfigError(list_problems(f"{path} cannot be used", problems))
     return params
@@ -278,7 +268,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 def _inherit(merged: Any) -> Any:
     """The trainings of each system, whether the file has them or not, laid over the section `train`; null stays null."""
     schema = _schema()
-    for system in SYSTEMS:
+    for system in systems():
         for name in ("initialise", "train"):
             own = (merged.get(system) or {}).get(name, schema[system][name] and {})
             if own is not None:

@@ -8,7 +8,8 @@ mask = predictor.predict(["the man in the red cap"])[0].mask
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,20 @@ from ris_core.data import masks
 from ris_core.data.letterbox import Mode, letterbox_image, unletterbox
 from ris_core.data.text import encode, pad_tokens
 from ris_core.errors import DataError
+from ris_core.models.choice import choose
 from ris_core.models.clip import normalise
-from ris_core.models.systems import load_model, locates, upsampled_map
+from ris_core.models.proposals import proposal_options, proposer
+from ris_core.models.systems import load_model, locates, trains, upsampled_map
 
 ImageLike = str | Path | bytes | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer. mask: bool (H, W) at the image's own size; score: mean probability inside the mask, 0 if it is empty.
+    """One answer. mask: bool (H, W) at the image's own size; score: how sure the system is, 0 for an empty mask.
 
-    probability: float (H, W), of each pixel. location: float (H, W), the coarse map of a system that has one (LTS' position
-    prior, RISCLIP's patch-level map).
+    probability: float (H, W), of each pixel. location: float (H, W), where the system looked: the coarse map of one that has
+    one (LTS' position prior, RISCLIP's patch-level map), the relevance of proposals of one that chooses among them.
     """
 
     mask: np.ndarray
@@ -47,32 +50,29 @@ class Prediction:
         return {"size": list(self.mask.shape), "counts": masks.encode(self.mask)}
 
 
-class RISPredictor:
+class RISPredictor(ABC):
     """Encodes an image once (`set_image`), then answers any number of expressions about it (`predict`)."""
 
-    def __init__(
-        self, model: nn.Module, image_size: int, word_len: int, threshold: float = 0.5, resample: Mode = "opencv4"
-    ):
-        self.model, self.image_size, self.word_len, self.threshold = model.eval(), image_size, word_len, threshold
-        self.resample = resample
-        self.device = next(model.parameters()).device
+    def __init__(self, model: nn.Module, threshold: float = 0.5):
+        self.model, self.threshold = model.eval(), threshold
         self._features: Any = None
-        self._size = (0, 0)
 
-    @classmethod
-    def from_folder(cls, folder: str | Path, device: str = "cpu", threshold: float = 0.5) -> RISPredictor:
-        """Load a trained model (`model.json`, `model.safetensors`). Raises WeightsError if it is not one."""
+    @staticmethod
+    def from_folder(folder: str | Path, device: str = "cpu", threshold: float = 0.5) -> RISPredictor:
+        """Load a model (`model.json`, `model.safetensors`). Raises WeightsError if it is not one.
+
+        Raises ConfigError if it chooses among proposals that cannot be made here; the reason is named.
+        """
         model, info = load_model(folder, device)
-        return cls(model, info["image_size"], info["word_len"], threshold, info.get("resample", "opencv4"))
+        if trains(info["system"]):
+            return MapPredictor(model, info["image_size"], info["word_len"], threshold, info.get("resample", "opencv4"))
+        return ProposalPredictor(model, proposer(proposal_options(info["proposals"]), device))
 
     @torch.inference_mode()
     def set_image(self, image: ImageLike) -> None:
         """Take a path, encoded bytes, a PIL image, or an RGB array uint8 (H, W, 3). Raises DataError otherwise."""
         self._features = None  # an image that cannot be read must not leave the one before it to be asked about
-        rgb = read_image(image)
-        pixels = torch.from_numpy(letterbox_image(rgb, self.image_size, self.resample)).to(self.device)
-        self._features = self.model.encode_image(normalise(pixels.permute(2, 0, 1)[None]))  # type: ignore[operator]
-        self._size = (rgb.shape[0], rgb.shape[1])
+        self._features = self._encode(read_image(image))
 
     @torch.inference_mode()
     def predict(self, expressions: Sequence[str], threshold: float | None = None) -> list[Prediction]:
@@ -82,6 +82,37 @@ class RISPredictor:
         blank = [i for i, text in enumerate(expressions) if not isinstance(text, str) or not text.strip()]
         if blank or isinstance(expressions, str) or not len(expressions):
             raise DataError(f"expressions must be a list of non-blank texts; got {expressions!r}")
+        return self._answer(expressions, self.threshold if threshold is None else threshold)
+
+    @abstractmethod
+    def _encode(self, rgb: np.ndarray) -> Any:
+        """What needs no text, of an image uint8 (H, W, 3)."""
+
+    @abstractmethod
+    def _answer(self, expressions: Sequence[str], threshold: float) -> list[Prediction]:
+        """Predictions from what `_encode` left in `_features`."""
+
+
+class MapPredictor(RISPredictor):
+    """Of a trained system: a pixel is in the mask if its probability is above the threshold.
+
+    A score is the mean probability inside the mask.
+    """
+
+    def __init__(
+        self, model: nn.Module, image_size: int, word_len: int, threshold: float = 0.5, resample: Mode = "opencv4"
+    ):
+        super().__init__(model, threshold)
+        self.image_size, self.word_len, self.resample = image_size, word_len, resample
+        self.device = next(model.parameters()).device
+        self._size = (0, 0)
+
+    def _encode(self, rgb: np.ndarray) -> Any:
+        self._size = (rgb.shape[0], rgb.shape[1])
+        pixels = torch.from_numpy(letterbox_image(rgb, self.image_size, self.resample)).to(self.device)
+        return self.model.encode_image(normalise(pixels.permute(2, 0, 1)[None]))  # type: ignore[operator]
+
+    def _answer(self, expressions: Sequence[str], threshold: float) -> list[Prediction]:
         tokens = torch.from_numpy(np.stack([pad_tokens(encode(text), self.word_len) for text in expressions]))
         index = torch.zeros(len(tokens), dtype=torch.long, device=self.device)
         inputs = (self._features, tokens.to(self.device), index)
@@ -89,10 +120,9 @@ class RISPredictor:
         located = [None] * len(full)
         if locates(self.model):
             located = list(self._original(upsampled_map(self.model, inputs, self.image_size)))
-        chosen = self.threshold if threshold is None else threshold
         predictions = []
         for probability, location in zip(full, located, strict=True):
-            mask = probability > chosen
+            mask = probability > threshold
             score = float(probability[mask].mean()) if mask.any() else 0.0
             predictions.append(Prediction(mask, score, probability, location))
         return predictions
@@ -101,6 +131,31 @@ class RISPredictor:
         """Logits (N, 1, h, w) -> probabilities float (N, H, W) at the image's own size."""
         probabilities = logits.float().sigmoid()[:, 0]
         return unletterbox(probabilities, *self._size, self.image_size, self.resample, "grid").cpu().numpy()
+
+
+class ProposalPredictor(RISPredictor):
+    """Of a zero-shot system: the mask is the proposal that it scores highest, whatever the threshold.
+
+    A score is the softmax of that proposal's among all; a pixel's probability is that score inside the mask, 0 outside.
+    `propose` maps an image uint8 (H, W, 3) to masks bool (P, H, W).
+    """
+
+    def __init__(self, model: nn.Module, propose: Callable[[np.ndarray], np.ndarray]):
+        super().__init__(model)
+        self.propose = propose
+
+    def _encode(self, rgb: np.ndarray) -> Any:
+        proposals = self.propose(rgb)
+        return proposals, self.model.encode_proposals(rgb, proposals)  # type: ignore[operator]
+
+    def _answer(self, expressions: Sequence[str], threshold: float) -> list[Prediction]:
+        proposals, features = self._features
+        scores = self.model.score(features, expressions).float()  # type: ignore[operator]
+        choice = choose(torch.from_numpy(proposals).to(scores.device), scores)
+        return [
+            Prediction(mask, float(share), mask * np.float32(share), relevance)
+            for mask, share, relevance in zip(*(part.cpu().numpy() for part in choice), strict=True)
+        ]
 
 
 def read_image(image: ImageLike) -> np.ndarray:

@@ -98,10 +98,13 @@ def open_workplace(root: Path, tiny: Tiny, trained: Path) -> Workplace:
 
 def export_untrained(tiny: Tiny, folder: Path, system: str = SYSTEM) -> None:
     """A model folder as stage `train` leaves it, with random weights; stage `initialise` leaves less `info`."""
+    from dataclasses import asdict
+
     import torch
 
+    from ris_core.config import digest
     from ris_core.models.clip import load_saved_clip, read_clip_config
-    from ris_core.models.systems import build_model, export_model
+    from ris_core.models.systems import build_model, export_model, trains
 
     params = tiny.params()
     section = getattr(params, system)
@@ -110,12 +113,16 @@ def export_untrained(tiny: Tiny, folder: Path, system: str = SYSTEM) -> None:
     weights = build_model(system, section.model, load_saved_clip(clip)).state_dict()
     info = {
         "dataset": DATASET,
-        "word_len": section.train.word_len,
         "image_size": params.preprocess.image_size,
         "data_digest": fingerprint.file_digest(tiny.shards / "manifest.json"),
         "clip_digest": read_clip_config(clip)["weights_sha256"],
+        "config_digest": digest([asdict(section.model), section.train and asdict(section.train)]),
         "mlflow_run": "0" * 32,
     }
+    if trains(system):
+        info["word_len"] = section.train.word_len
+    else:
+        info["proposals"] = {name: value for name, value in asdict(params.proposals).items() if name != "splits"}
     folder.mkdir(parents=True)
     export_model(folder, system, weights, section.model, clip, info)
 

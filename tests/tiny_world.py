@@ -49,6 +49,7 @@ PARAMS = f"""
 systems: [cris, risclip]
 clips: [rn, vit]
 synthesize: {{seed: 5, canvas: 80, train: 24, val: 6, test: 4, refs_per_image: 3}}
+proposals: {{felzenszwalb: {{scales: [100.0, 300.0], sigma: 0.5, min_size: 0.005, min_area: 0.008, max_area: 0.3}}}}
 preprocess: {{image_size: {IMAGE_SIZE}, images_per_shard: {IMAGES_PER_SHARD}}}
 train:
   epochs: 2
@@ -68,6 +69,7 @@ cris:
     dropout: 0.1
     freeze_token_embedding: true
 risclip:
+  clip: vit
   model:
     cfe_layers: 1
     cfe_dim: 16
@@ -82,6 +84,8 @@ risclip:
   train: {{ema_decay: 0.5, loss: *loss}}
 lts:
   model: {{backbone: clip, text: clip, fusion_dim: 16, dim: 16, head_dim: 16, aspp_rates: [2], freeze_token_embedding: true}}
+global_local:
+  model: {{short_side: 64, norm_stats: clip, fill: zero, box_mode: tight, noun_phrase: rules}}
 evaluate: {{bootstrap_samples: 50, images_per_batch: 4}}
 cluster: {{cpus_per_worker: 1, use_gpu: "no", max_failures: 0, evaluate_actors: 1}}
 """

@@ -15,6 +15,7 @@ import numpy as np
 from ris_core.data.letterbox import Upsampling
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
+SIZES = ("small", "medium", "large")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Protocol:
     pixel is foreground if its probability is above it. resolution: 'original', or a side length to which prediction and
     ground truth (nearest neighbour, aspect ratio lost) are resized. strict: Pr@X counts IoU > X rather than >= X.
     upsampling: where the cells of a predicted map lie, see `letterbox.unletterbox`; 'corners' is the official CRIS code's.
+    skip_unanswered: leave expressions out about images in which a zero-shot system had no proposal to choose from; else
+    they count as IoU 0.
     """
 
     name: str
@@ -34,10 +37,12 @@ class Protocol:
     resolution: str | int = "original"
     strict: bool = False
     upsampling: Upsampling = "grid"
+    skip_unanswered: bool = False
 
 
 # `lavt` scores the arg max of two logits, which for one logit is a threshold of 0.5. Its reference reads pixels of value 1
 # only, so that overlapping polygons of one annotation count as background; here ground truth is always their union.
+# The reference of `global_local` reads ground truth in the same way.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -45,6 +50,7 @@ PROTOCOLS = {
         Protocol("cris", threshold=0.35, strict=True, upsampling="corners"),
         Protocol("cris_val", sentences="first", threshold=0.35, strict=True, upsampling="corners"),
         Protocol("lavt", text="raw", resolution=480),
+        Protocol("global_local", text="raw", skip_unanswered=True),
     )
 }
 
@@ -69,6 +75,18 @@ def scores(intersection: np.ndarray, union: np.ndarray, strict: bool = False) ->
     return result
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How much better one system scores than another on the same expressions, and how sure that is.
+
+    difference: first - second. interval: its percentile interval. p: two-sided, of the difference being none.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+
 def bootstrap_intervals(
     intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
@@ -76,6 +94,47 @@ def bootstrap_intervals(
 
     Expressions about one image share its difficulty, so they are not independent; resampling images rather than
     expressions keeps the interval honest (cluster bootstrap; Davison and Hinkley 1997, section 3.8).
+    """
+    means = _resampled(intersection, union, image_ids, samples, seed)
+    return {name: _percentiles(values, level) for name, values in means.items()}
+
+
+def paired_bootstrap(
+    first_intersection: np.ndarray,
+    first_union: np.ndarray,
+    second_intersection: np.ndarray,
+    second_union: np.ndarray,
+    image_ids: np.ndarray,
+    samples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, Difference]:
+    """Differences in mIoU and oIoU of two systems; the int64 arrays (N,) hold the same expressions in the same order.
+
+    Each resample draws the same images for both, so that what makes an image hard for both cancels out. The p value is
+    twice the smaller share of resampled differences that lie at zero or on one side of it, plus one in count and
+    samples (so never 0; Davison and Hinkley 1997, section 4.2), at most 1.
+    """
+    first, second = (
+        _resampled(intersection, union, image_ids, samples, seed)
+        for intersection, union in ((first_intersection, first_union), (second_intersection, second_union))
+    )
+    measured = [scores(first_intersection, first_union), scores(second_intersection, second_union)]
+    found = {}
+    for name in first:
+        differences = first[name] - second[name]
+        beyond = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+        p = min(1.0, 2 * (beyond + 1) / (samples + 1))
+        found[name] = Difference(measured[0][name] - measured[1][name], _percentiles(differences, level), p)
+    return found
+
+
+def _resampled(
+    intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """mIoU and oIoU of `samples` draws of whole images, float64 (samples,) each.
+
+    The draws depend on the seed and the number of images alone: two systems with the same images meet the same draws.
     """
     images, member = np.unique(image_ids, return_inverse=True)
     per_image = np.stack(
@@ -87,12 +146,38 @@ def bootstrap_intervals(
     random = np.random.default_rng(seed)
     draws = random.multinomial(len(images), np.full(len(images), 1 / len(images)), size=samples)
     total_iou, count, total_intersection, total_union = per_image @ draws.T.astype(np.float64)
-    tails = [50 * (1 - level), 100 - 50 * (1 - level)]
-    means = {"mIoU": total_iou / count, "oIoU": total_intersection / np.maximum(total_union, 1)}
-    return {
-        name: (float(low), float(high))
-        for name, (low, high) in ((n, np.percentile(v, tails)) for n, v in means.items())
-    }
+    return {"mIoU": total_iou / count, "oIoU": total_intersection / np.maximum(total_union, 1)}
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The interval that leaves out half of 1 - `level` of the values on each side."""
+    low, high = np.percentile(values, [50 * (1 - level), 100 - 50 * (1 - level)])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for being one family of tests, in the order given (Holm 1979, step-down).
+
+    Below a level a, they claim something wrong anywhere in the family with a probability of at most a.
+    """
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]
+
+
+def size_groups(shares: np.ndarray) -> tuple[list[str], tuple[float, float]]:
+    """'small', 'medium' or 'large' for each object, and the largest share that is small and that is medium.
+
+    shares: float (N,), the share of its image that an object covers. The groups are thirds by rank; objects of equal
+    size are in the same one, so that neither their order nor rounding decides. Without objects the bounds are 0.
+    """
+    if not len(shares):
+        return [], (0.0, 0.0)
+    bounds = np.quantile(shares, [1 / 3, 2 / 3], method="inverted_cdf")  # shares that occur, not between two
+    return [SIZES[i] for i in np.searchsorted(bounds, shares)], (float(bounds[0]), float(bounds[1]))
 
 
 def by_group(

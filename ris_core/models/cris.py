@@ -72,6 +72,7 @@ class CRIS(nn.Module):
         ConfigError: the CLIP is not a ResNet one, or its text is not vis_dim wide.
     """
 
+    config_class = CRISConfig
     stride = 4
 
     def __init__(self, clip: CLIP, config: CRISConfig) -> None:
@@ -256,3 +257,6 @@ def infer_dimensions(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any],
         remedy = "Give the 'state_dict' of a CRIS checkpoint (keys like 'module.neck.txt_proj.0.weight')."
         raise WeightsError(list_problems("This is not a CRIS state dict, these keys are missing", missing, remedy))
     return architecture, dims
+
+
+SYSTEM = CRIS

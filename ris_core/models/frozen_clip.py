@@ -43,8 +43,7 @@ class FrozenClip(nn.Module):
         self.shared_dim = clip.text_projection.shape[1]
         self.image_size: int = clip.visual.image_size[0]
         self.patch_size: int = clip.visual.patch_size[0]
-        self.register_state_dict_post_hook(_leave_out)
-        self.register_load_state_dict_pre_hook(_bring_own)
+        keep_out_of_state(self)
         self.train()
 
     def train(self, mode: bool = True) -> FrozenClip:
@@ -122,6 +121,12 @@ def _misfits(clip: Any, config: RISCLIPConfig) -> list[str]:
         ),
     }
     return [problem for problem, fine in checks.items() if not fine]
+
+
+def keep_out_of_state(module: nn.Module) -> None:
+    """Leave everything in a module out of state dicts; all of it is the frozen CLIP in its attribute `clip`."""
+    module.register_state_dict_post_hook(_leave_out)
+    module.register_load_state_dict_pre_hook(_bring_own)
 
 
 def _leave_out(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, _: Any) -> None:

@@ -7,14 +7,14 @@ answer is the proposal that scores highest. The proposals of an image are encode
 
     features = model.encode_proposals(image, masks)                  # text-independent
     scores = model.score(features, ["the man on the left", "dog"])   # (E, N)
-    masks[model.choose(scores).numpy()]                              # one mask per expression
+    masks[scores.argmax(dim=1).numpy()]                              # one mask per expression
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 from ris_core.data.text import encode, pad_token_batch
 from ris_core.errors import ConfigError, list_problems
 from ris_core.models.clip import encode_words
+from ris_core.models.frozen_clip import keep_out_of_state
 from ris_core.models.global_local_visual import (
     BOX_MODES,
     FILLS,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from open_clip.model import CLIP
 
 SCORES = ("official", "cosine")
-EMPTY_PROPOSALS = ("skip", "count")
-NO_PROPOSAL = -1
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class GlobalLocalConfig:
     antialias: bool = False  # of all resizes but the first; torchvision has had it on by default since 0.17
     box_mode: str = "freesolo"  # "tight": the mask's real box, for any other proposals than FreeSOLO's
     score: str = "official"  # "cosine": as in the paper, also for ResNets, whose official score is no cosine
-    empty_proposals: str = "skip"  # images without proposals leave the scores; "count": they score 0
     noun_phrase: str = "auto"  # spacy (published), rules, whole; auto: spacy if its model is installed, else rules
     spacy_model: str = "en_core_web_lg"
     template: str = "{}"  # around every text before it is encoded
@@ -69,7 +67,6 @@ class GlobalLocalConfig:
             "fill": (self.fill, FILLS),
             "box_mode": (self.box_mode, BOX_MODES),
             "score": (self.score, SCORES),
-            "empty_proposals": (self.empty_proposals, EMPTY_PROPOSALS),
             "noun_phrase": (self.noun_phrase, BACKENDS),
         }
         checks = {
@@ -108,13 +105,6 @@ class TextFeatures(NamedTuple):
         return beta * self.sentence + (1 - beta) * self.phrase
 
 
-class Answers(NamedTuple):
-    """What to score: masks bool (T, H, W), empty where there was no proposal; counted bool (T,), whether to score it."""
-
-    masks: np.ndarray
-    counted: np.ndarray
-
-
 class GlobalLocal(nn.Module):
     """The zero-shot system on a CLIP, ViT or ResNet, which it takes over frozen and in evaluation mode.
 
@@ -125,12 +115,17 @@ class GlobalLocal(nn.Module):
             asked for is not installed.
     """
 
+    config_class = GlobalLocalConfig
+    frozen_clip = True
+    trains = False
+
     def __init__(self, clip: CLIP, config: GlobalLocalConfig) -> None:
         super().__init__()
         self.config = config
         self.clip_size, self.grid, self.is_vit = clip_geometry(clip.visual, config.masked_blocks)
         self.clip = clip.requires_grad_(False)
         self.noun_phrases = NounPhraseFinder(config.noun_phrase, config.spacy_model)
+        keep_out_of_state(self)
         self.train(False)
 
     @classmethod
@@ -230,24 +225,12 @@ class GlobalLocal(nn.Module):
             visual, text = F.normalize(visual, dim=-1), F.normalize(text, dim=-1)
         return self.clip.logit_scale.exp() * text @ visual.T
 
-    @staticmethod
-    def choose(scores: torch.Tensor) -> torch.Tensor:
-        """Index of the best proposal for each expression: scores (T, N) -> int64 (T,); -1 where there are none (N = 0)."""
-        if scores.shape[1] == 0:
-            return torch.full((len(scores),), NO_PROPOSAL, dtype=torch.int64, device=scores.device)
-        return scores.argmax(dim=1)
-
-    def answer(self, masks: np.ndarray, choice: torch.Tensor) -> Answers:
-        """The masks chosen: proposals (N, H, W) and indices of `choose` (T,) -> masks and whether they are scored.
-
-        Without a proposal the answer is an empty mask; `empty_proposals` says whether it counts (as 0) or, as in the
-        official code, leaves the scores.
-        """
-        chosen = choice.cpu().numpy()
-        found = chosen != NO_PROPOSAL
-        answers = np.zeros((len(chosen), *masks.shape[1:]), dtype=bool)
-        answers[found] = masks[chosen[found]] != 0
-        return Answers(answers, found | (self.config.empty_proposals == "count"))
+    def facts(self) -> dict[str, Any]:
+        """What the answers depend on beside the CLIP: the configuration, and which finder of noun phrases really ran."""
+        return {**asdict(self.config), "noun_phrase": self.noun_phrases.backend}
 
     def _as_mixed(self, features: torch.Tensor) -> torch.Tensor:
         return features if self.is_vit else F.normalize(features, dim=-1)
+
+
+SYSTEM = GlobalLocal

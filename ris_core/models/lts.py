@@ -145,6 +145,7 @@ class LTS(nn.Module):
         WeightsError: the backbone's pretrained weights cannot be found.
     """
 
+    config_class = LTSConfig
     stride = 4
     notice = NOTICE
 
@@ -299,3 +300,6 @@ def _locator(sentence_dim: int, config: LTSConfig) -> RelevanceFilter | Transfor
         sentence_dim, config.dim, config.filter_size, config.locator_dim, config.locator_layers, config.locator_heads,
         config.locator_ffn_dim,
     )  # fmt: skip
+
+
+SYSTEM = LTS

@@ -1,8 +1,9 @@
 """Class-agnostic mask proposals for zero-shot systems: what may be meant, before anybody has said anything.
 
-    masks = felzenszwalb(image)                      # needs no weights
-    masks = SAMProposer("sam-vit-base")(image)       # needs a folder with SAM's
-    index, iou = best_proposal(masks, target)        # how good an answer can be at all
+    propose = proposer(ProposalOptions("felzenszwalb"))   # as params.yaml has them
+    masks = propose(image)
+    masks = SAMProposer("sam-vit-base")(image)            # needs a folder with SAM's weights
+    index, iou = best_proposal(masks, target)             # how good an answer can be at all
 
 Every generator maps an RGB image uint8 (H, W, 3) to masks bool (N, H, W), largest first, without near duplicates, and
 gives the same masks for the same image: they can be cached. Ground-truth instances are just masks and need no function.
@@ -11,7 +12,9 @@ gives the same masks for the same image: they can be cached. Ground-truth instan
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,7 @@ class FelzenszwalbOptions(ProposalFilter):
     sigma: float = 0.8  # pixels of smoothing before
     min_size: float = 0.002  # share of the image below which a segment is merged into a neighbour
     short_side: int = 300  # larger images are shrunk to it for the segmentation (time grows with the pixels)
-    grow: int = (
-        0  # pixels added around every proposal: blurred edges are segments of their own and lost in small images
-    )
+    grow: int = 0  # pixels added around every proposal: in small images blurred edges are segments of their own
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))  # JSON and YAML bring a list
@@ -95,6 +96,43 @@ class SAMOptions(ProposalFilter):
         if self.crop_layers < 0:
             problems.append(f"crop_layers is {self.crop_layers}: use 0 or more")
         return super()._problems() + problems
+
+
+GENERATORS = ("felzenszwalb", "sam", "instances")
+
+
+@dataclass(frozen=True)
+class ProposalOptions:
+    """A generator by name, and the options of each."""
+
+    generator: str = field(default="felzenszwalb", metadata={"choices": GENERATORS})  # instances: annotated objects
+    felzenszwalb: FelzenszwalbOptions = field(default_factory=FelzenszwalbOptions)
+    sam: SAMOptions = field(default_factory=SAMOptions)
+    sam_weights: str | None = None  # a folder as transformers saves it
+
+
+def proposal_options(content: dict[str, Any]) -> ProposalOptions:
+    """The options that `asdict` made plain, of a model's folder say."""
+    own = {"felzenszwalb": FelzenszwalbOptions, "sam": SAMOptions}
+    return ProposalOptions(**{key: own[key](**value) if key in own else value for key, value in content.items()})
+
+
+def proposer(options: ProposalOptions, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """What makes proposals of a picture, by these options; see `felzenszwalb` for what goes in and comes out.
+
+    Raises:
+        ConfigError: proposals from annotations, which a picture alone does not have; or SAM without a folder of weights.
+        WeightsError: see `SAMProposer`.
+    """
+    if options.generator == "felzenszwalb":
+        return partial(felzenszwalb, options=options.felzenszwalb)
+    if options.generator == "sam":
+        if options.sam_weights is None:
+            raise ConfigError("proposals.generator is sam: set proposals.sam_weights to a folder with its weights")
+        return SAMProposer(options.sam_weights, options.sam, device)
+    raise ConfigError(
+        f"proposals.generator is {options.generator!r}: there are no annotations of a new picture; take felzenszwalb or sam"
+    )
 
 
 def felzenszwalb(image: np.ndarray, options: FelzenszwalbOptions | None = None) -> np.ndarray:

@@ -245,6 +245,7 @@ class RISCLIP(nn.Module):
         ConfigError: see `FrozenClip`.
     """
 
+    config_class = RISCLIPConfig
     first_stage = RISCLIPLocator
     frozen_clip = True
     locates = True
@@ -350,3 +351,6 @@ def _adapters(count: int, dim: int, width: int) -> nn.ModuleList:
 def _of_layer(adapters: nn.ModuleList, layer: int) -> Any:
     """The adapters of a layer counted from the end, if it has some."""
     return adapters[layer] if -layer <= len(adapters) else None
+
+
+SYSTEM = RISCLIP

@@ -5,8 +5,10 @@
     clip/                clip.json, the architecture of the CLIP it stands on; for a system that keeps CLIP frozen also
                          clip.safetensors, whose checksum clip.json names
 
-A fifth system is one module and one line here. Its class has
+A system is a module of this package that names its class `SYSTEM`; the module's name is the system's, here, in
+params.yaml and in the registry of models. The class has
 
+    config_class                                       a frozen dataclass, the section `model` of the system's parameters
     build(clip, config)                                classmethod: fresh layers on a CLIP
     stride                                             input pixels per cell of its mask logits
     context_length                                     the most tokens a sentence may have
@@ -22,6 +24,12 @@ and may have
     first_stage, adopt(state)                          the class of a part trained before the rest; takes over its weights
     frozen_clip = True                                 its state dict leaves CLIP's weights out
     notice                                             a text that goes with every registered version
+
+A zero-shot system (`trains = False`) chooses among mask proposals instead: beside config_class and build it has
+
+    encode_proposals(image, masks) -> features         what needs no text, once per image; image and masks at full size
+    score(features, expressions)                       (N, P) scores of an image's P proposals
+    facts()                                            what else a score depends on, to be recorded beside it
 """
 
 from __future__ import annotations
@@ -31,7 +39,9 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -40,24 +50,32 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from ris_core import models
 from ris_core.errors import ConfigError, WeightsError
 from ris_core.models.clip import CONFIG_FILE, WEIGHTS_FILE, build_clip, load_saved_clip, read_clip_config
 
 FORMAT = 2
 CLIP_FOLDER = "clip"
-SYSTEMS = {  # name -> module, class, configuration
-    "cris": ("ris_core.models.cris", "CRIS", "CRISConfig"),
-    "risclip": ("ris_core.models.risclip", "RISCLIP", "RISCLIPConfig"),
-    "lts": ("ris_core.models.lts", "LTS", "LTSConfig"),
-}
+
+
+@cache
+def systems() -> dict[str, Any]:
+    """All systems, classes by name."""
+    names = sorted(module.name for module in iter_modules(models.__path__))
+    modules = {name: importlib.import_module(f"ris_core.models.{name}") for name in names if name != "systems"}
+    return {name: module.SYSTEM for name, module in modules.items() if hasattr(module, "SYSTEM")}
 
 
 def system_class(system: str) -> Any:
     """The class of a system, as described above. Raises ConfigError for an unknown name."""
-    if system not in SYSTEMS:
-        raise ConfigError(f"unknown system '{system}'; there are {', '.join(SYSTEMS)}")
-    module, name, _ = SYSTEMS[system]
-    return getattr(importlib.import_module(module), name)
+    if system not in systems():
+        raise ConfigError(f"there is no system '{system}'; there are {', '.join(systems())}")
+    return systems()[system]
+
+
+def trains(system: str) -> bool:
+    """Whether a system is trained at all; a zero-shot one chooses among proposals."""
+    return bool(getattr(system_class(system), "trains", True))
 
 
 def without_fetching(config: Any) -> Any:
@@ -137,9 +155,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     folder = Path(folder)
     content = read_model_info(folder)
     system = system_class(content["system"])
-    module, _, config_name = SYSTEMS[content["system"]]
     try:
-        config = getattr(importlib.import_module(module), config_name)(**content["config"])
+        config = system.config_class(**content["config"])
     except TypeError as error:
         raise WeightsError(f"{folder}/model.json is of another version of {content['system']} ({error})") from error
     clip = folder / CLIP_FOLDER

@@ -18,8 +18,10 @@ from torch import nn
 from ris_core.config import Params, TrainParams, load_params
 from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
 from ris_core.errors import ConfigError, WeightsError, list_problems
-from ris_core.evaluation.evaluator import evaluate, queries_of
+from ris_core.evaluation.answers import MapAnswers
+from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, iou
+from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import load_saved_clip
 from ris_core.models.systems import (
     build_model,
@@ -109,9 +111,8 @@ def make_validation(store: ShardStore, params: TrainParams, runtime: Runtime) ->
     queries = queries_of(store, params.validate_split, protocol, images[runtime.rank :: runtime.world].tolist())
 
     def validate(model: nn.Module) -> dict[str, float]:
-        table = evaluate(
-            model, store, queries, protocol, word_len=params.word_len, split=params.validate_split, with_objects=False
-        )
+        answers = MapAnswers(model, params.word_len)
+        table = evaluate(answers, store, queries, protocol, split=params.validate_split, with_objects=False)
         intersection, union = (table[name].to_numpy().astype(np.float64) for name in ("intersection", "union"))
         sums = [len(union), iou(intersection, union).sum(), intersection.sum(), union.sum()]
         total = sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=runtime.device)).tolist()

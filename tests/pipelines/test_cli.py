@@ -10,8 +10,8 @@ from pipelines_world import Workplace, python
 
 from pipelines import cli
 
-MAKING = ["synthesize", "prepare", "preprocess", "pretrain-clip", "initialise", "train"]
-VERBS = [*MAKING, "evaluate", "register", "report", "predict"]
+MAKING = ["synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
+VERBS = [*MAKING, "evaluate", "register", "compare", "report", "predict"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP_ALL = f"""
 import sys
@@ -64,11 +64,13 @@ def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> 
         (["prepare", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
         (["preprocess", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
         (["preprocess", "--dataset", "shapes"], "shapes.parquet: no such records file; the stage `prepare` writes it"),
+        (["propose", "--dataset", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
+        (["propose", "--dataset", "shapes"], "run the preprocess stage for this dataset first"),
         (["pretrain-clip", "--clip", "bert"], "there is no CLIP 'bert'; there are rn, vit"),
-        (["initialise", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'; there are cris, ris"),
+        (["initialise", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'; there are cris, glo"),
         (["initialise", "--system", "cris", "--dataset", "shapes"], "run the preprocess stage for this dataset first"),
         (["train", "--system", "cris", "--dataset", "refcoco"], "there is no dataset 'refcoco'"),
-        (["train", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'; there are cris, risclip"),
+        (["train", "--system", "lisa", "--dataset", "shapes"], "there is no system 'lisa'; there are cris, global_l"),
         (
             ["train", "--system", "cris", "--dataset", "shapes"],
             "models/start/cris-shapes holds no model to start from: run the stage initialise for it first",

@@ -22,8 +22,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-MAKING = ["synthesize", "prepare", "preprocess", "pretrain_clip", "initialise", "train"]
-VERBS = [*MAKING, "evaluate", "register", "report"]
+MAKING = ["synthesize", "prepare", "preprocess", "propose", "pretrain_clip", "initialise", "train"]
+VERBS = [*MAKING, "evaluate", "register", "compare", "report"]
 # How a stage is started, where it runs and where its files lie; none of it decides what comes out.
 PLUMBING = {
     *(f"pipelines/{name}.py" for name in ("cluster", "files", "fingerprint", "paths", "stage", "tracking")),
@@ -139,8 +139,14 @@ def test_small_results_are_in_git_and_large_ones_in_the_cache(verb: str) -> None
 def test_a_stage_reads_its_own_section_of_the_parameters() -> None:
     read = {verb: set(stage.get("params", [])) - {"preset", "presets.${preset}"} for verb, stage in stages().items()}
     own = {verb: {verb} for verb in ("synthesize", "prepare", "preprocess", "evaluate", "register")}
+    own["propose"] = {"systems", "proposals"}
     own["pretrain_clip"] = {"captions", "clip_${item.clip}"}
-    own["initialise"] = {"train", *(f"${{item.system}}.{name}" for name in ("clip", "model", "initialise"))}
+    own["initialise"] = {
+        "proposals",
+        "train",
+        *(f"${{item.system}}.{name}" for name in ("clip", "model", "initialise")),
+    }
+    own["compare"] = {"systems", "evaluate"}
     own["train"] = {"train", "${item.system}.model", "${item.system}.train"}
     assert read == {**own, "report": set()}
     for verb, sections in read.items():
@@ -164,6 +170,10 @@ stage = json.loads(Path("plan.json").read_text())[command]
 with open("runs.txt", "a") as log:
     log.write(stage["name"] + "\\n")
 params = yaml.safe_load(Path("params.yaml").read_text())
+own = params.get(stage["name"].split("@")[-1].split("-")[0]) or {{}}
+if own.get("train") is not None:  # a trained system's stages depend on proposals and do not read them
+    stage["params"] = [name for name in stage["params"] if name != "proposals"]
+    stage["data"] = [place for place in stage["data"] if not place.startswith("data/proposals")]
 read = []
 for name in stage["params"]:
     value = params
@@ -171,8 +181,7 @@ for name in stage["params"]:
         value = (value or {{}}).get(key)
     read.append(str(value))
 if stage["name"].startswith("initialise@"):  # which reads one CLIP of those it depends on
-    own = params[stage["name"].split("@")[1].split("-")[0]]["clip"]
-    stage["data"] = [f"{{place}}/{{own}}" if place == "data/clip" else place for place in stage["data"]]
+    stage["data"] = [f"{{place}}/{{own['clip']}}" if place == "data/clip" else place for place in stage["data"]]
 for place in map(Path, stage["data"]):
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     read += [file.read_text() for file in files if file.is_file()]
@@ -262,15 +271,18 @@ def test_dvc_reruns_what_a_change_touches_and_no_more(tmp_path: Path) -> None:
     copy.set("cluster.train_workers", 7)  # where to run is no reason to run
     assert copy.repro() == set()
     copy.set("evaluate.bootstrap_samples", 7)
-    assert copy.repro() == names("evaluate", "register", "report")
-    after = ("evaluate", "register", "report")
+    after = ("evaluate", "register", "compare", "report")
+    assert copy.repro() == names(*after)
     copy.set("train.clip_grad_norm", 7.0)
     assert copy.repro() == names("initialise", "train", *after)
     copy.set("risclip.train.epochs", 7)  # the second stage alone
-    assert copy.repro() == names("train", *after, only="risclip")
+    trained = names("train", *after, only="risclip") | names("compare")
+    assert copy.repro() == trained
     copy.set("clip_vit.steps", 7)  # all CLIPs are looked at again; CRIS starts from another and is left alone
-    trained = names("train", *after, only="risclip")
     assert copy.repro() == names("pretrain_clip", only="vit") | names("initialise") | trained
+    copy.set("proposals.felzenszwalb.sigma", 0.7)
+    chosen = names("train", "register", only="global_local")
+    assert copy.repro() == chosen | names("propose", "initialise", "evaluate", "compare", "report")
     with (copy.root / "ris_core/training/pretrain.py").open("a") as file:
         file.write("# changed\n")
     # What they wrote is the same: evaluation stays.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,29 +14,35 @@ import pytest
 import torch
 from pipelines_world import DATASET, SYSTEM, Workplace, export_untrained
 
-from pipelines import evaluate, paths
+from pipelines import evaluate, paths, scores
 from ris_core.config import EvaluateParams
 from ris_core.errors import ClusterError, DataError, WeightsError
 from ris_core.evaluation import evaluator
-from ris_core.evaluation.metrics import PROTOCOLS, scores
+from ris_core.evaluation.answers import MapAnswers
+from ris_core.evaluation.metrics import PROTOCOLS
+from ris_core.evaluation.metrics import scores as measured
 from ris_core.models.systems import export_model, load_model
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
 
 SPLITS = ["val", "testA", "testB"]
-JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), False)
+JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), object())
 
 
 def test_jobs_are_protocols_times_splits_and_the_controls() -> None:
     scored = [f"{protocol}/{split}" for protocol in ("ours", "cris_val") for split in SPLITS]
-    assert [job["job"] for job in JOBS] == [*scored, *evaluate.CONTROLS]
+    assert [job["job"] for job in JOBS] == [*scored, *scores.SHUFFLED]
     assert all((job["protocol"], job["split"]) == ("ours", "val") for job in JOBS[-2:])
-    without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams(), True)
+    locating, choosing = SimpleNamespace(locates=True), SimpleNamespace(trains=False)
+    without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams(), locating)
     assert [job["job"] for job in without] == ["ours/testA"]  # the controls belong to their own split
-    located = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), True)
+    located = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), locating)
     assert located == [*JOBS, {"job": "located", "protocol": "ours", "split": "val", "seed": 0}]
-    assert evaluate.sorted_splits(["testB", "train", "val", "testA"]) == ["val", "testA", "testB"]
+    zero_shot = evaluate.jobs([PROTOCOLS["ours"]], ["val", "testA"], EvaluateParams(), choosing)
+    bounded = ["ours/val", "ours/val/upper_bound", "ours/testA", "ours/testA/upper_bound"]
+    assert [job["job"] for job in zero_shot] == [*bounded, *scores.SHUFFLED, "oracle_proposals"]
+    assert scores.sorted_splits(["testB", "train", "val", "testA"]) == ["val", "testA", "testB"]
 
 
 def test_the_controls_exchange_sentences_and_nothing_else(tiny: Tiny) -> None:
@@ -56,26 +63,30 @@ def one_process(tiny: Tiny, model: Path, job: dict[str, Any]) -> pa.Table:
     """A job's table without Ray and without pieces."""
     network, info = load_model(model)
     return evaluator.evaluate(
-        network,
+        MapAnswers(network, info["word_len"], "locate" if job["job"] == "located" else "segment"),
         tiny.store(),
         evaluate.job_queries(tiny.store(), job),
         PROTOCOLS[job["protocol"]],
-        word_len=info["word_len"],
         split=job["split"],
         images_per_batch=4,
-        answer="locate" if job["job"] == "located" else "segment",
     )
+
+
+@pytest.fixture
+def prepared(workplace: Workplace) -> Workplace:
+    workplace.link("raw", "shards", "model")
+    return workplace
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("actors", [1, 2])
 def test_actors_find_what_one_process_finds(
-    actors: int, tiny: Tiny, untrained: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    actors: int, prepared: Workplace, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = tiny.params()
-    params.cluster.evaluate_actors = actors
+    tiny, untrained = prepared.tiny, prepared.trained
+    params = prepared.change(cluster={"evaluate_actors": actors})
     monkeypatch.setattr(evaluate, "PIECE", 7)  # many pieces, which cut through images
-    tables = evaluate.score(params, untrained, tiny.shards, JOBS)
+    tables = evaluate.score(params, SYSTEM, DATASET, JOBS)
     assert list(tables) == [job["job"] for job in JOBS]
     for job in JOBS:
         found, expected = tables[job["job"]], one_process(tiny, untrained, job)
@@ -91,12 +102,6 @@ def test_actors_find_what_one_process_finds(
                 assert column == wanted, name
 
 
-@pytest.fixture
-def prepared(workplace: Workplace) -> Workplace:
-    workplace.link("raw", "shards", "model")
-    return workplace
-
-
 @pytest.mark.ray
 def test_the_stage_writes_scores_tables_and_pictures(
     prepared: Workplace, ray_session: None, capsys: pytest.CaptureFixture[str]
@@ -107,23 +112,30 @@ def test_the_stage_writes_scores_tables_and_pictures(
     metrics = json.loads((out / "metrics.json").read_text())
     assert {protocol: list(parts) for protocol, parts in metrics.items()} == {"ours": SPLITS, "cris": SPLITS}
     plain = {"expressions", "images", "mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(5, 10)), "mIoU_95", "oIoU_95"}
-    plain |= {"right_object", "random_object", "by_kind"}
+    plain |= {"right_object", "random_object", "by_kind", "by_size"}
     for protocol, parts in metrics.items():
         for split, part in parts.items():
-            shuffled = set(evaluate.CONTROLS) if (protocol, split) == ("ours", "testA") else set()
+            shuffled = set(scores.SHUFFLED) if (protocol, split) == ("ours", "testA") else set()
             assert set(part) == plain | shuffled, (protocol, split)
             assert part["mIoU_95"][0] <= part["mIoU"] <= part["mIoU_95"][1]
             table = pq.read_table(paths.expressions(SYSTEM, DATASET) / f"{protocol}-{split}.parquet")
             intersection, union = (table[name].to_numpy() for name in ("intersection", "union"))
-            expected = scores(intersection, union, PROTOCOLS[protocol].strict)
+            expected = measured(intersection, union, PROTOCOLS[protocol].strict)
             assert {name: part[name] for name in expected} == {k: round(v, 5) for k, v in expected.items()}
             assert part["expressions"] == table.num_rows == sum(kind["count"] for kind in part["by_kind"].values())
+            sizes = {name: group for name, group in part["by_size"].items() if name != "bounds"}
+            assert part["expressions"] == sum(size["count"] for size in sizes.values())
+            assert table["found"].to_pylist() == [True] * table.num_rows
     assert set(json.loads((out / "protocols.json").read_text())["cris"]) >= {
         "threshold",
         "resolution",
         "sentences",
         "text",
     }
+    behaviour = json.loads((out / "behaviour.json").read_text())
+    assert list(behaviour) == ["mirror", "swap", "absent"]
+    assert json.loads((out / "cost.json").read_text())["gflop_image"] > 0
+    assert not (out / "setting.json").exists()  # what a trained system depends on is in its model
     pictures = [item["file"] for item in json.loads((out / "gallery" / "gallery.json").read_text())]
     assert pictures
     assert all((out / "gallery" / name).stat().st_size for name in pictures)
@@ -149,12 +161,12 @@ def test_the_coarse_map_of_a_system_that_has_one_is_scored_beside_its_masks(
     export_model(model, "risclip", network.state_dict(), section, workplace.tiny.clip_vit, info)
     evaluate.main("risclip", DATASET)
     metrics = json.loads((paths.evaluation("risclip", DATASET) / "metrics.json").read_text())["ours"]
-    assert set(metrics["val"]) - set(metrics["testA"]) == {*evaluate.CONTROLS, "located"}
+    assert set(metrics["val"]) - set(metrics["testA"]) == {*scores.SHUFFLED, "located"}
     protocol = PROTOCOLS["ours"]
     found = {}
     for name in ("ours/val", "located"):
         table = one_process(workplace.tiny, model, {"job": name, "protocol": "ours", "split": "val", "seed": 0})
-        found[name] = scores(table["intersection"].to_numpy(), table["union"].to_numpy(), protocol.strict)
+        found[name] = measured(table["intersection"].to_numpy(), table["union"].to_numpy(), protocol.strict)
     assert metrics["val"]["located"] == pytest.approx({k: found["located"][k] for k in ("mIoU", "oIoU")}, abs=1e-3)
     assert metrics["val"]["mIoU"] == pytest.approx(found["ours/val"]["mIoU"], abs=1e-3)
     assert abs(found["located"]["mIoU"] - found["ours/val"]["mIoU"]) > 0.01  # they are not the same

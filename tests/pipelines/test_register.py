@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from pipelines_world import Workplace, contents, export_untrained
@@ -104,6 +105,7 @@ def test_a_version_carries_its_lineage(
         "git_commit": "abc",
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
+        "config_digest": info["config_digest"],
         "weights_sha256": fingerprint.file_digest(workplace.trained / "model.safetensors"),
         "dvc_lock_sha256": fingerprint.file_digest(workplace.root / "dvc.lock"),
     }
@@ -269,6 +271,40 @@ def test_a_frozen_clip_is_registered_with_its_system(workplace: Workplace, store
     assert {"clip/clip.json", "clip/clip.safetensors"} <= registered.keys()
     example = mlflow.pyfunc.load_model("models:/ris-risclip-shapes@champion")
     assert example.predict(example.input_example)["height"].tolist() == [48]
+
+
+def test_a_zero_shot_system_answers_from_the_registry(workplace: Workplace, store: Path) -> None:
+    model = Path("models/global_local-shapes")
+    export_untrained(workplace.tiny, model, "global_local")
+    files.write_json(Path("results/evaluate/global_local-shapes/metrics.json"), {"ours": {"val": SCORES}})
+    register.main("global_local", "shapes")
+    photo = workplace.tiny.raw / workplace.tiny.records()[0].file_name
+    served = mlflow.pyfunc.load_model("models:/ris-global_local-shapes@champion")
+    image = base64.b64encode(photo.read_bytes()).decode()
+    texts = ["the red star", "the big circle", "left"]
+    found = served.predict(pd.DataFrame({"image": [image] * 3, "text": texts})).to_dict("records")
+    predictor = RISPredictor.from_folder(model)
+    predictor.set_image(photo)
+    for row, prediction in zip(found, predictor.predict(texts), strict=True):
+        assert masks.encode(prediction.mask) == row["counts"]
+        assert row["score"] == pytest.approx(prediction.score, abs=1e-5)
+        assert prediction.mask.any()
+
+
+@pytest.mark.parametrize("digest", ["clip_digest", "config_digest", "data_digest"])
+def test_what_differs_without_other_weights_is_another_version(digest: str, workplace: Workplace, store: Path) -> None:
+    """All weights of a zero-shot system are its CLIP's, so those that training changes are always the same: none."""
+    folder = Path("models/global_local-shapes")
+    export_untrained(workplace.tiny, folder, "global_local")
+    files.write_json(Path("results/evaluate/global_local-shapes/metrics.json"), {"ours": {"val": SCORES}})
+    seen = []
+    for _ in range(2):
+        register.main("global_local", "shapes")
+        seen.append(json.loads(Path("results/register/global_local-shapes.json").read_text())["version"])
+        content = json.loads((folder / "model.json").read_text())
+        content["info"][digest] = "0" * 64
+        (folder / "model.json").write_text(json.dumps(content))
+    assert seen == ["1", "2"]
 
 
 def test_a_notice_goes_with_the_version(workplace: Workplace, store: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ris_core.config import Params, TrainParams, digest, load_params, preset_overrides
+from ris_core.config import Params, ProposalsParams, TrainParams, digest, load_params, preset_overrides
 from ris_core.errors import ConfigError
 from ris_core.models.cris import CRISConfig
+from ris_core.models.global_local import GlobalLocalConfig
 from ris_core.models.risclip import RISCLIPConfig
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +37,7 @@ def test_the_repositorys_own_parameters_load() -> None:
     params = load_params(ROOT / "params.yaml")
     assert params.preset == "default"
     assert params.datasets == ["shapes"]
-    assert params.systems == ["cris", "risclip", "lts"]
+    assert params.systems == ["cris", "risclip", "lts", "global_local"]
     assert isinstance(params.cris.model, CRISConfig)
     assert isinstance(params.risclip.model, RISCLIPConfig)
     assert isinstance(params.train, TrainParams)
@@ -45,6 +48,10 @@ def test_the_repositorys_own_parameters_load() -> None:
     for stage in (params.risclip.initialise, params.risclip.train):
         assert (stage.batch_images, stage.word_len) == (params.train.batch_images, params.train.word_len)
         assert (stage.loss.bce_weight, stage.loss.focal_weight, stage.loss.dice_weight) == (0.0, 1.75, 1.0)
+    assert isinstance(params.global_local.model, GlobalLocalConfig)
+    assert (params.global_local.initialise, params.global_local.train) == (None, None)
+    assert isinstance(params.proposals, ProposalsParams)
+    assert params.proposals.felzenszwalb.scales == (300.0, 600.0, 1200.0)
 
 
 @pytest.mark.parametrize("preset", ["cris", "cris_paper"])
@@ -126,7 +133,7 @@ def test_sections_within_sections_are_checked_alike(tmp_path: Path) -> None:
         risclip: {initialise: none, train: [1], model: {ske_heads: many}, clip: null}
         clips: [rn, vit, openai]
         presets:
-          bare: {risclip: {initialise: null, train: null}}
+          bare: {risclip: {initialise: 3, train: none}}
           wide: {risclip: {initialise: {lr: -1, loss: {focal: 1}}}, cris: {modell: {}}}
         """,
     )
@@ -141,6 +148,7 @@ def test_sections_within_sections_are_checked_alike(tmp_path: Path) -> None:
         "risclip.model.ske_heads": "Value 'many' of type 'str' could not be converted to Integer",
         "risclip.clip": "not Optional",
         "clips": "'openai' is not one of rn, vit",
+        "presets.bare.risclip.initialise": "expected a section with seed, epochs, ",
         "presets.bare.risclip.train": "expected a section with seed, epochs, ",
         "presets.wide.risclip.initialise.lr": "-1.0 is below the minimum 0",
         "presets.wide.risclip.initialise.loss.focal": "unknown parameter; did you mean 'focal_",
@@ -261,11 +269,118 @@ def test_lists_of_any_length_are_as_long_as_they_are_written(tmp_path: Path) -> 
 
 
 def test_a_system_whose_clip_is_not_made_ready(tmp_path: Path) -> None:
-    text = "systems: [cris, risclip]\nclips: [rn]\n"
+    text = "systems: [cris, risclip]\nclips: [rn]\nrisclip: {clip: vit}\n"
     assert complaints(tmp_path, text) == ["risclip.clip: 'vit' is not among clips (rn)"]
     both = "systems: [cris, risclip]\nclips: [vit]\nrisclip: {clip: rn}\n"
     assert complaints(tmp_path, both) == [f"{name}.clip: 'rn' is not among clips (vit)" for name in ("cris", "risclip")]
-    assert load_params(written(tmp_path, "systems: [cris]\nclips: [rn]\n")).risclip.clip == "vit"  # not in use
+    unused = text.replace("[cris, risclip]", "[cris]")
+    assert load_params(written(tmp_path, unused)).risclip.clip == "vit"
+
+
+def test_each_system_has_the_trainings_that_its_class_has(tmp_path: Path) -> None:
+    text = """
+        systems: [cris, global_local]
+        cris: {initialise: {lr: 0.1}, train: null}
+        global_local: {initialise: {}, train: {lr: 0.1}}
+        """
+    assert complaints(tmp_path, text) == [
+        "cris.initialise: cris has no such training: set it to null",
+        "cris.train: cris needs this training: it cannot be null",
+        "global_local.initialise: global_local has no such training: set it to null",
+        "global_local.train: global_local has no such training: set it to null",
+    ]
+    assert complaints(tmp_path, "systems: [risclip]\nrisclip: {initialise: null}\n") == [
+        "risclip.initialise: risclip needs this training: it cannot be null"
+    ]
+    in_preset = "preset: bare\ncris: {train: {lr: 0.1}}\npresets: {bare: {cris: {train: null}}}\n"
+    assert complaints(tmp_path, in_preset) == ["cris.train: cris needs this training: it cannot be null"]
+
+
+def test_a_zero_shot_system_trains_nothing_unless_told_wrongly(tmp_path: Path) -> None:
+    for section in ("", "global_local: {initialise: null, train: null}\n", "global_local: {model: {alpha: 0.5}}\n"):
+        params = load_params(written(tmp_path, f"systems: [global_local]\ntrain: {{epochs: 3}}\n{section}"))
+        assert (params.global_local.initialise, params.global_local.train) == (None, None)
+
+
+def test_wrong_proposals_are_told_with_everything_else(tmp_path: Path) -> None:
+    problems = complaints(
+        tmp_path,
+        """
+        proposals: {generator: mcg, felzenszwalb: {scale: 3}, sam: {pred_iou: high}, split: [val]}
+        global_local: {model: {alpha: 2, empty_proposals: skip}}
+        presets:
+          tight: {proposals: {felzenszwalb: {min_area: 0.9}}}
+          loose: {proposals: {sam: {stability: 2}}, global_local: {model: {beta: -1}}}
+        """,
+    )
+    expected = {
+        "proposals.generator": "'mcg' is not one of felzenszwalb, sam, instances",
+        "proposals.felzenszwalb.scale": "unknown parameter; did you mean 'scales'?",
+        "proposals.sam.pred_iou": "Value 'high' of type 'str' could not be converted to Float",
+        "proposals.split": "unknown parameter; did you mean 'splits'?",
+        "global_local.model.empty_proposals": "unknown parameter; ",
+    }
+    agree(problems, expected)
+    problems = complaints(
+        tmp_path,
+        """
+        global_local: {model: {alpha: 2}}
+        presets:
+          tight: {proposals: {felzenszwalb: {min_area: 0.9}}}
+          loose: {proposals: {sam: {stability: 2}}}
+        """,
+    )
+    expected = {
+        "global_local": "alpha is 2.0: use 0 to 1",
+        "presets.tight.proposals": "min_area is 0.9 and max_area 0.9: use 0 <= min_area < max_area <= 1",
+        "presets.loose.proposals": "stability is 2.0: use 0 to 1",
+    }
+    agree(problems, expected)
+
+
+FIFTH = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    width: int = 7
+
+
+class Mine:
+    config_class = MineConfig
+
+
+SYSTEM = Mine
+"""
+WITH_A_FIFTH = """
+import sys
+import ris_core.models
+ris_core.models.__path__.append(sys.argv[1])
+from ris_core.config import load_params
+from ris_core.models.systems import systems, trains
+params = load_params(sys.argv[2])
+print(list(systems()), params.systems, params.mine.model.width, params.mine.initialise, params.mine.train.lr, trains("mine"))
+"""
+
+
+def test_a_fifth_system_is_a_module_and_a_section(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/mine.py").write_text(FIFTH)
+    path = written(tmp_path, "systems: [mine]\ntrain: {lr: 0.5}\nmine: {model: {width: 9}}\n")
+    command = [sys.executable, "-c", WITH_A_FIFTH, str(tmp_path / "models"), str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['cris', 'global_local', 'lts', 'mine', 'risclip'] ['mine'] 9 None 0.5 True\n"
+    agree(
+        complaints(tmp_path, path.read_text()),
+        {
+            "systems": "'mine' is not one of cris, global_local, lts, risclip",
+            "mine": "unknown parameter; known here: cris, global_local, lts, risclip, ",
+        },
+    )
 
 
 def test_the_default_preset_sets_nothing(tmp_path: Path) -> None:

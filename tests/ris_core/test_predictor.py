@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,17 @@ from torch import nn
 
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
+from ris_core.data.proposal_store import ProposalStore, write_manifest, write_part
 from ris_core.data.shards import load_image
-from ris_core.errors import DataError, WeightsError
-from ris_core.evaluation.evaluator import evaluate, queries_of
+from ris_core.errors import ConfigError, DataError, WeightsError
+from ris_core.evaluation.answers import MapAnswers, ProposalAnswers
+from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import PROTOCOLS
+from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import load_saved_clip
+from ris_core.models.proposals import felzenszwalb
 from ris_core.models.systems import build_model, export_model
-from ris_core.predictor import Prediction, RISPredictor, read_image
+from ris_core.predictor import MapPredictor, Prediction, RISPredictor, read_image
 
 TEXTS = ["the red star", "left", "the large blue ring next to the star"]
 
@@ -133,7 +138,8 @@ def test_it_sees_what_the_evaluator_sees(predictor: RISPredictor, tiny: Tiny) ->
     """The same model scores the same areas on shards as on the files the shards were made of."""
     store = ShardStore(tiny.shards)
     queries = queries_of(store, "val", PROTOCOLS["ours"])
-    table = evaluate(predictor.model, store, queries, PROTOCOLS["ours"], word_len=12, split="val").to_pylist()
+    answers = MapAnswers(predictor.model, 12)
+    table = evaluate(answers, store, queries, PROTOCOLS["ours"], split="val").to_pylist()
     for query, row in list(zip(queries, table, strict=True))[::5]:
         predictor.set_image(tiny.raw / store.row(query.image)["file_name"])
         (one,) = predictor.predict([query.text])
@@ -248,8 +254,10 @@ def test_the_models_own_resampling_is_used(tmp_path: Path, tiny: Tiny, folder: P
     model = build_model("cris", tiny.params().cris.model, load_saved_clip(tiny.clip))
     info = {"word_len": 12, "image_size": IMAGE_SIZE, "resample": "exact"}
     export_model(tmp_path, "cris", model.state_dict(), tiny.params().cris.model, tiny.clip, info)
-    assert RISPredictor.from_folder(tmp_path).resample == "exact"
-    assert RISPredictor.from_folder(folder).resample == "opencv4"
+    exact, usual = RISPredictor.from_folder(tmp_path), RISPredictor.from_folder(folder)
+    assert isinstance(exact, MapPredictor)
+    assert isinstance(usual, MapPredictor)
+    assert (exact.resample, usual.resample) == ("exact", "opencv4")
     seen: list[torch.Tensor] = []
 
     class Looking(nn.Module):
@@ -261,6 +269,105 @@ def test_the_models_own_resampling_is_used(tmp_path: Path, tiny: Tiny, folder: P
             seen.append(images)
 
     for mode in ("exact", "opencv4"):
-        RISPredictor(Looking(), IMAGE_SIZE, 12, resample=mode).set_image(picture)  # type: ignore[arg-type]
+        MapPredictor(Looking(), IMAGE_SIZE, 12, resample=mode).set_image(picture)  # type: ignore[arg-type]
     assert not torch.equal(seen[0], seen[1])
     assert torch.allclose(seen[0], seen[1], atol=1.0)
+
+
+# A system that chooses among proposals
+
+
+def export_choosing(tiny: Tiny, folder: Path, **options: Any) -> Path:
+    section = tiny.params().global_local.model
+    model = build_model("global_local", section, load_saved_clip(tiny.clip))
+    proposals = {**asdict(tiny.params().proposals), **options}
+    del proposals["splits"]
+    info = {"image_size": IMAGE_SIZE, "proposals": proposals}
+    export_model(folder, "global_local", model.state_dict(), section, tiny.clip, info)
+    return folder
+
+
+@pytest.fixture
+def choosing(tiny: Tiny, tmp_path: Path) -> RISPredictor:
+    return RISPredictor.from_folder(export_choosing(tiny, tmp_path / "global_local"))
+
+
+def test_the_mask_is_one_of_the_proposals_of_the_photo(choosing: RISPredictor, tiny: Tiny, picture: Path) -> None:
+    proposals = felzenszwalb(load_image(picture), tiny.params().proposals.felzenszwalb)
+    assert len(proposals) > 1
+    choosing.set_image(picture)
+    for one in choosing.predict(TEXTS):
+        assert one.mask.dtype == bool
+        (index,) = [i for i, proposal in enumerate(proposals) if np.array_equal(proposal, one.mask)]
+        assert 0 < one.score <= 1
+        assert np.array_equal(one.probability, proposals[index] * np.float32(one.score))
+        assert one.location is not None
+        assert one.location.shape == one.mask.shape
+        assert 0 <= one.location.min() < one.location.max() <= 1
+        assert one.location[one.mask].min() >= one.score - 1e-6
+        assert not one.location[~proposals.any(0)].any()
+
+
+def test_it_chooses_what_the_evaluator_sees_chosen_from_stored_proposals(
+    choosing: RISPredictor, tiny: Tiny, tmp_path: Path
+) -> None:
+    store, protocol = tiny.store(), PROTOCOLS["ours"]
+    made = []
+    for image in store.images_of("val"):
+        row = store.row(int(image))
+        pixels = load_image(tiny.raw / row["file_name"])
+        made.append((row["image_id"], felzenszwalb(pixels, tiny.params().proposals.felzenszwalb)))
+    write_part(tmp_path / "part-00000.parquet", made)
+    write_manifest(tmp_path, {"splits": ["val"], "parts": ["part-00000.parquet"]})
+    answers = ProposalAnswers(choosing.model, tiny.raw, ProposalStore(tmp_path))
+    queries = queries_of(store, "val", protocol)
+    found = answers(store, queries, protocol)
+    assert list(found) == store.images_of("val").tolist()
+    for image, answer in found.items():
+        texts = [query.text for query in queries if query.image == image]
+        choosing.set_image(tiny.raw / store.row(image)["file_name"])
+        predictions = choosing.predict(texts)
+        assert np.array_equal(answer.masks.numpy(), np.stack([one.mask for one in predictions]))
+        assert answer.scores.tolist() == pytest.approx([one.score for one in predictions], abs=1e-6)
+        assert answer.found
+
+
+def test_a_threshold_does_not_change_a_choice(choosing: RISPredictor, tmp_path: Path, picture: Path) -> None:
+    other = RISPredictor.from_folder(tmp_path / "global_local", threshold=0.99)
+    for predictor in (choosing, other):
+        predictor.set_image(picture)
+    expected = choosing.predict(TEXTS)
+    assert same(choosing.predict(TEXTS, threshold=0.99), expected)
+    assert same(other.predict(TEXTS), expected)
+
+
+def test_a_picture_of_one_colour_has_nothing_to_choose_from(choosing: RISPredictor) -> None:
+    choosing.set_image(np.full((30, 40, 3), 90, np.uint8))
+    for one in choosing.predict(TEXTS):
+        assert one.mask.shape == one.probability.shape == (30, 40)
+        assert (one.mask.any(), one.score) == (False, 0.0)
+        assert one.location is not None
+        assert not one.location.any()
+
+
+def test_a_photo_is_proposed_and_encoded_once(
+    choosing: RISPredictor, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choosing.set_image(picture)
+    monkeypatch.setattr(choosing, "propose", lambda _: pytest.fail("proposed again"))
+    monkeypatch.setattr(choosing.model, "encode_proposals", lambda *_: pytest.fail("encoded again"))
+    assert len(choosing.predict(TEXTS)) == len(TEXTS)
+
+
+def test_what_cannot_be_proposed_of_a_new_photo_is_refused_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:
+    folder = export_choosing(tiny, tmp_path / "oracle", generator="instances")
+    with pytest.raises(
+        ConfigError, match=r"generator is 'instances': there are no annotations of a new picture; take fel"
+    ):
+        RISPredictor.from_folder(folder)
+    folder = export_choosing(tiny, tmp_path / "sam", generator="sam")
+    with pytest.raises(ConfigError, match=r"proposals\.generator is sam: set proposals\.sam_weights"):
+        RISPredictor.from_folder(folder)
+    folder = export_choosing(tiny, tmp_path / "lost", generator="sam", sam_weights=str(tmp_path / "nowhere"))
+    with pytest.raises(WeightsError, match=r"no SAM weights in .*nowhere"):
+        RISPredictor.from_folder(folder)

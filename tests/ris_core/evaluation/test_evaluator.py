@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from ris_core.data.letterbox import letterbox_mask, unletterbox
 from ris_core.data.records import ImageRecord
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.data.text import END_ID, encode, expression_kind
-from ris_core.errors import DataError
-from ris_core.evaluation.evaluator import TABLE_SCHEMA, Query, evaluate, pairwise_overlap, queries_of, shuffled, swapped
+from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
+from ris_core.evaluation.evaluator import TABLE_SCHEMA, evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
+from ris_core.evaluation.queries import queries_of, shuffled
 from ris_core.models.clip import load_saved_clip, normalise
 from ris_core.models.systems import build_model
 
@@ -105,7 +105,7 @@ class Constant(nn.Module):
 
 def table_of(model: nn.Module, store: ShardStore, protocol: Protocol = OURS, **options: int) -> pa.Table:
     queries = queries_of(store, "val", protocol)
-    return evaluate(model, store, queries, protocol, word_len=WORD_LEN, split="val", **options)
+    return evaluate(MapAnswers(model, WORD_LEN), store, queries, protocol, split="val", **options)
 
 
 def totals(table: pa.Table) -> dict[str, float]:
@@ -178,7 +178,7 @@ class Coarse(Oracle):
 
 def test_a_coarse_map_is_scored_like_a_mask(store: ShardStore) -> None:
     model, queries = Coarse(store), queries_of(store, "val", OURS)
-    found = evaluate(model, store, queries, OURS, word_len=WORD_LEN, split="val", answer="locate")
+    found = evaluate(MapAnswers(model, WORD_LEN, "locate"), store, queries, OURS, split="val")
     assert totals(table_of(model, store))["mIoU"] > 0.98
     sizes = {store.row(i)["image_id"]: store.row(i)["height"] * store.row(i)["width"] for i in range(len(store))}
     for row in found.to_pylist():
@@ -207,13 +207,8 @@ def test_the_first_sentence_alone(store: ShardStore) -> None:
     assert table["sent_id"].to_pylist() == [ref["sentences"][0]["sent_id"] for ref in refs]
 
 
-def test_some_images_only(store: ShardStore, tiny: Tiny) -> None:
-    images = [4, 1]
-    assert {query.image for query in queries_of(store, "val", OURS, images)} == set(images)
-    assert queries_of(store, "val", OURS, []) == []
-    whole = tiny.store()
-    assert {query.image for query in queries_of(whole, "testA", OURS)} == set(whole.images_of("testA").tolist())
-    empty = evaluate(Constant(), store, [], OURS, word_len=WORD_LEN, split="val")
+def test_no_queries_give_an_empty_table(store: ShardStore) -> None:
+    empty = evaluate(MapAnswers(Constant(), WORD_LEN), store, [], OURS, split="val")
     assert empty.num_rows == 0
     assert empty.schema.equals(TABLE_SCHEMA)
 
@@ -236,7 +231,7 @@ def test_lavt_compares_at_480_with_nearest_ground_truth(store: ShardStore) -> No
     ]
     asked = [replace(q, text=own.text) for q, own in zip(queries, queries_of(store, "val", OURS), strict=True)]
     oracle = Oracle(store)
-    table = evaluate(oracle, store, asked, protocol, word_len=WORD_LEN, split="val")
+    table = evaluate(MapAnswers(oracle, WORD_LEN), store, asked, protocol, split="val")
     assert totals(table)["mIoU"] > 0.9
     for query, row in zip(asked, table.to_pylist(), strict=True):
         truth = store.mask(query.image, query.ann_id)
@@ -287,7 +282,7 @@ def test_tokens_are_no_longer_than_needed_and_cut_at_the_word_length(store: Shar
         model = Constant()
         first = queries_of(store, "val", OURS)[0]
         queries = [replace(first, text=text) for text in texts]
-        evaluate(model, store, queries, OURS, word_len=word_len, split="val")
+        evaluate(MapAnswers(model, word_len), store, queries, OURS, split="val")
         return model
 
     short = asked("ring", "the red ring", word_len=22)
@@ -308,7 +303,7 @@ def test_shards_resampled_exactly_are_read_so(store: ShardStore, monkeypatch: py
         modes.append(mode)
         return unletterbox(maps, height, width, size, mode, upsampling)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("ris_core.evaluation.evaluator.unletterbox", watched)
+    monkeypatch.setattr("ris_core.evaluation.answers.unletterbox", watched)
     monkeypatch.setattr(store, "resample", "exact")
     assert table_of(Oracle(store), store).num_rows == before.num_rows
     assert set(modes) == {"exact"}
@@ -324,61 +319,10 @@ def test_overlaps_of_all_pairs() -> None:
             assert (overlap[i, j], together[i, j]) == ((a & b).sum(), (a | b).sum())
 
 
-def test_shuffling_gives_no_referent_its_own_sentence(tiny: Tiny) -> None:
-    whole = tiny.store()
-    for split in ("val", "testA"):
-        queries = queries_of(whole, split, OURS)
-        own: dict[int, set[str]] = {}
-        origin = {query.sent_id: query.ref_id for query in queries}
-        for query in queries:
-            own.setdefault(query.ref_id, set()).add(query.text)
-        marked = [replace(query, text=str(query.sent_id)) for query in queries]  # to see whose sentence it is
-        for seed in range(20):
-            mixed = shuffled(marked, seed)
-            assert [replace(query, text="") for query in mixed] == [replace(query, text="") for query in marked]
-            assert Counter(query.text for query in mixed) == Counter(query.text for query in marked)
-            assert all(origin[int(query.text)] != query.ref_id for query in mixed)
-
-
-def query(ref: int, sentence: int) -> Query:
-    return Query(0, ref, ref, sentence, f"{ref}:{sentence}")
-
-
-def test_shuffling_works_up_to_half_of_the_sentences_of_one_referent() -> None:
-    even = [query(0, 0), query(0, 1), query(0, 2), query(1, 3), query(1, 4), query(2, 5)]
-    for seed in range(50):
-        mixed = shuffled(even, seed)
-        assert all(not one.text.startswith(f"{one.ref_id}:") for one in mixed)
-    with pytest.raises(DataError, match="3 sentences cannot be shuffled among referents: 2 of them are of one"):
-        shuffled([query(0, 0), query(0, 1), query(1, 2)], seed=0)
-    assert shuffled([], seed=0) == []
-
-
-def test_shuffling_depends_on_the_seed_alone(store: ShardStore) -> None:
-    queries = queries_of(store, "val", OURS)
-    assert shuffled(queries, 1) == shuffled(queries, 1)
-    assert shuffled(queries, 1) != shuffled(queries, 2)
-
-
 def test_shuffled_sentences_are_what_the_model_hears(store: ShardStore) -> None:
     model, queries = Constant(), queries_of(store, "val", OURS)
     mixed = shuffled(queries, 0)
-    table = evaluate(model, store, mixed, OURS, word_len=WORD_LEN, split="val")
+    table = evaluate(MapAnswers(model, WORD_LEN), store, mixed, OURS, split="val")
     assert table["text"].to_pylist() == [query.text for query in mixed]
     assert table["sent_id"].to_pylist() == [query.sent_id for query in queries]
     assert [[token for token in row if token] for row in model.tokens] == [encode(query.text) for query in mixed]
-
-
-def test_swapped_sentences_are_of_another_object_of_the_same_image(store: ShardStore) -> None:
-    queries = queries_of(store, "val", OURS)
-    mixed = swapped(queries, 0)
-    own = {(query.image, query.ref_id, query.sent_id): query for query in queries}
-    said = {(query.image, query.text, query.ref_id) for query in queries}
-    assert len(mixed) > 0.9 * len(queries)
-    for query in mixed:
-        before = own[query.image, query.ref_id, query.sent_id]
-        assert replace(query, text=before.text) == before
-        assert any(image == query.image and text == query.text and ref != query.ref_id for image, text, ref in said)
-    assert mixed == swapped(queries, 0) != swapped(queries, 1)
-    alone = [query for query in queries if query.ref_id == queries[0].ref_id]
-    assert swapped(alone, 0) == []

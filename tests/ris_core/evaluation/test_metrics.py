@@ -8,11 +8,15 @@ import pytest
 from ris_core.evaluation.metrics import (
     PRECISION_AT,
     PROTOCOLS,
+    SIZES,
     Protocol,
     bootstrap_intervals,
     by_group,
+    holm,
     iou,
+    paired_bootstrap,
     scores,
+    size_groups,
 )
 
 
@@ -114,10 +118,90 @@ def test_one_image_has_no_spread() -> None:
     assert found == {"mIoU": (0.5, 0.5), "oIoU": (0.5, 0.5)}
 
 
+def test_a_difference_is_that_of_the_scores_and_its_interval_holds_it() -> None:
+    first, union, ids = correlated()
+    second = (0.9 * first).astype(np.int64)
+    found = paired_bootstrap(first, union, second, union, ids, samples=400, seed=0)
+    ahead, behind = scores(first, union), scores(second, union)
+    assert list(found) == ["mIoU", "oIoU"]
+    for name, each in found.items():
+        assert each.difference == pytest.approx(ahead[name] - behind[name])
+        assert each.interval[0] < each.difference < each.interval[1]
+        assert each.p == 2 / 401  # no resample says otherwise, and still it is not 0
+    mirrored = paired_bootstrap(second, union, first, union, ids, samples=400, seed=0)
+    for name, each in found.items():
+        assert mirrored[name].difference == -each.difference
+        assert mirrored[name].interval == pytest.approx((-each.interval[1], -each.interval[0]))
+        assert mirrored[name].p == each.p
+
+
+def test_what_makes_images_hard_for_both_cancels_out() -> None:
+    """Both fail on the same images: either's interval is wide, that of their difference is not."""
+    first, union, ids = correlated()
+    second = np.maximum(first - 2, 0)
+    alone = bootstrap_intervals(first, union, ids, samples=400, seed=0)["mIoU"]
+    paired = paired_bootstrap(first, union, second, union, ids, samples=400, seed=0)["mIoU"]
+    assert paired.interval[1] - paired.interval[0] < 0.1 * (alone[1] - alone[0])
+    assert paired.p < 0.01
+
+
+def test_the_same_answers_do_not_differ() -> None:
+    first, union, ids = correlated()
+    for each in paired_bootstrap(first, union, first, union, ids, samples=100, seed=0).values():
+        assert (each.difference, each.interval, each.p) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_p_values_are_small_by_chance_as_rarely_as_they_say() -> None:
+    """Two systems that are equally good, on images that are hard for both: 5 % of p values are below 0.05."""
+    low = 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        ids, union = np.repeat(np.arange(50), 4), np.full(200, 1000)
+        hard = random.random(50)[ids]
+        answers = [(1000 * np.clip(hard + random.normal(0, 0.1, 50)[ids], 0, 1)).astype(np.int64) for _ in range(2)]
+        low += paired_bootstrap(answers[0], union, answers[1], union, ids, samples=200, seed=seed)["mIoU"].p < 0.05
+    assert 2 <= low <= 22
+
+
+def test_systems_with_other_expressions_cannot_be_paired() -> None:
+    first, union, ids = correlated()
+    with pytest.raises(ValueError, match="same length"):
+        paired_bootstrap(first, union, first[1:], union[1:], ids, samples=10, seed=0)
+
+
+def test_holm_by_hand() -> None:
+    """Sorted .01 .02 .03 .04 times 4 3 2 1 are .04 .06 .06 .04; the last may not be below the one before."""
+    assert holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+def test_sizes_are_thirds_and_equals_stay_together() -> None:
+    names, bounds = size_groups(np.array([0.5, 0.1, 0.2, 0.6, 0.4, 0.3]))
+    assert names == ["large", "small", "small", "large", "medium", "medium"]
+    assert bounds == (0.2, 0.4)
+    assert size_groups(np.array([0.1, 0.2, 0.2, 0.2, 0.2, 0.3])) == ([*["small"] * 5, "large"], (0.2, 0.2))
+    assert size_groups(np.full(5, 0.25)) == (["small"] * 5, (0.25, 0.25))
+    assert size_groups(np.zeros(0)) == ([], (0.0, 0.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 300, 301, 302])
+def test_sizes_do_not_depend_on_the_order(count: int) -> None:
+    shares = np.linspace(0.01, 0.7, count)
+    names, bounds = size_groups(shares)
+    numbers = [names.count(name) for name in SIZES]
+    assert max(numbers) - min(numbers) <= 1
+    assert names == sorted(names, key=SIZES.index)
+    order = np.random.default_rng(0).permutation(count)
+    assert size_groups(shares[order]) == ([names[i] for i in order], bounds)
+
+
 def test_the_named_protocols_are_those_of_the_papers() -> None:
     assert {
         "ours": Protocol("ours", "all", "sent", 0.5, "original", False),
         "cris": Protocol("cris", "all", "sent", 0.35, "original", True, "corners"),
         "cris_val": Protocol("cris_val", "first", "sent", 0.35, "original", True, "corners"),
         "lavt": Protocol("lavt", "all", "raw", 0.5, 480, False),
+        "global_local": Protocol("global_local", "all", "raw", 0.5, "original", False, skip_unanswered=True),
     } == PROTOCOLS

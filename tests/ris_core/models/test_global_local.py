@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ris_core.errors import ConfigError, DataError
 from ris_core.models import global_local
+from ris_core.models.choice import choose
 from ris_core.models.clip import IMAGE_MEAN, IMAGE_STD, build_clip
 from ris_core.models.global_local import GlobalLocal, GlobalLocalConfig, ProposalFeatures, TextFeatures
 from ris_core.models.global_local_visual import Views, clip_geometry, proposal_boxes
@@ -119,7 +120,10 @@ def test_features_scores_and_choice(golden: Fixture, alpha: float, antialias: bo
         golden.check(features.mix(alpha), f"visual_feature_alpha{alpha}")
     scores = model.score_features(features, texts)
     golden.check(scores.T, f"scores_alpha{alpha}{suffix}")
-    assert model.choose(scores).tolist() == [golden[f"argmax_alpha{alpha}{suffix}"].item()]
+    best = golden[f"argmax_alpha{alpha}{suffix}"].item()
+    assert scores.argmax(dim=1).tolist() == [best]
+    choice = choose(golden["masks"].bool(), scores)
+    assert torch.equal(choice.masks[0], golden["masks"][best].bool())
 
 
 @pytest.mark.parametrize(("blocks", "name"), [(3, "global_features_block0"), (1, "global_features_lastblock")])
@@ -261,9 +265,8 @@ def test_an_image_is_encoded_once_for_all_expressions(model: GlobalLocal, monkey
     assert scores.shape == (2, 3)
     for row, text in zip(scores, ["a red circle", "square left of the ring"], strict=True):
         torch.testing.assert_close(model.score(features, [text])[0], row, rtol=1e-5, atol=1e-5)
-    answers = model.answer(MASKS, model.choose(scores))
-    assert np.array_equal(answers.masks, MASKS[scores.argmax(1).numpy()])
-    assert answers.counted.all()
+    choice = choose(torch.from_numpy(MASKS), scores)
+    assert np.array_equal(choice.masks.numpy(), MASKS[scores.argmax(1).numpy()])
 
 
 def test_all_texts_go_in_one_batch_and_none_twice(model: GlobalLocal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,20 +299,15 @@ def test_the_template_surrounds_sentence_and_phrase() -> None:
     torch.testing.assert_close(said.phrase[0], meant.sentence[1])
 
 
-def test_an_image_without_proposals_answers_nothing() -> None:
+def test_an_image_without_proposals_answers_nothing(model: GlobalLocal) -> None:
     none = MASKS[:0]
-    for rule, counted in (("skip", [False, False]), ("count", [True, True])):
-        model = tiny(empty_proposals=rule)
-        features = model.encode_proposals(IMAGE, none)
-        assert features.global_context.shape == (0, 32)
-        scores = model.score(features, ["star", "ring"])
-        assert scores.shape == (2, 0)
-        choice = model.choose(scores)
-        assert choice.tolist() == [-1, -1]
-        answers = model.answer(none, choice)
-        assert answers.masks.shape == (2, 48, 64)
-        assert not answers.masks.any()
-        assert answers.counted.tolist() == counted
+    features = model.encode_proposals(IMAGE, none)
+    assert features.global_context.shape == (0, 32)
+    scores = model.score(features, ["star", "ring"])
+    assert scores.shape == (2, 0)
+    choice = choose(torch.from_numpy(none), scores)
+    assert choice.masks.shape == (2, 48, 64)
+    assert not choice.masks.any()
 
 
 def test_no_expressions_give_no_scores(model: GlobalLocal) -> None:
@@ -320,18 +318,29 @@ def test_clip_stays_frozen_and_in_evaluation_mode(model: GlobalLocal) -> None:
     model.train()
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = {key: value.clone() for key, value in model.clip.state_dict().items()}
     with torch.autocast("cpu", torch.bfloat16):  # has no effect
         features = model.encode_proposals(IMAGE, MASKS)
         texts = model.encode_texts(["star"])
     torch.testing.assert_close(features, model.encode_proposals(IMAGE, MASKS), rtol=0, atol=0)
     assert texts.sentence.dtype == torch.float32
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    after = model.clip.state_dict()
+    assert before
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def test_which_noun_phrases_were_used_is_told(model: GlobalLocal) -> None:
     assert model.noun_phrases.backend == "rules"
     assert tiny(noun_phrase="whole").noun_phrases.backend == "whole"
+    config = asdict(model.config)
+    assert model.facts() == {**config, "noun_phrase": "rules"}
+    assert tiny(noun_phrase="auto").facts()["noun_phrase"] in ("rules", "spacy"), "what ran, not what was wished"
+
+
+def test_it_has_no_weights_of_its_own(model: GlobalLocal) -> None:
+    assert dict(model.state_dict()) == {}
+    model.load_state_dict({})
+    assert not GlobalLocal.trains
 
 
 @pytest.mark.parametrize(
@@ -356,10 +365,10 @@ def test_all_problems_of_a_configuration_are_listed() -> None:
     with pytest.raises(ConfigError) as error:
         GlobalLocalConfig(
             alpha=1.5, beta=-1, masked_blocks=0, short_side=0, norm_stats="coco", fill="red", box_mode="loose",
-            score="dot", empty_proposals="zero", noun_phrase="textblob", template="x", proposals_per_batch=0,
+            score="dot", noun_phrase="textblob", template="x", proposals_per_batch=0,
         )  # fmt: skip
     message = str(error.value)
-    assert "12 problems" in message
+    assert "11 problems" in message
     assert "norm_stats is 'coco': use one of imagenet, clip" in message
     assert "template is 'x': it must hold one {}" in message
 

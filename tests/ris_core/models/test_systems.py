@@ -168,9 +168,9 @@ def test_a_folder_holds_all_weights_so_that_nothing_is_fetched_again(
 
 
 def test_an_unknown_system_lists_the_known_ones(folder: Path, tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match="unknown system 'lavt'; there are cris, risclip"):
+    with pytest.raises(ConfigError, match="there is no system 'lavt'; there are cris, global_local, lts, risclip"):
         build_model("lavt", tiny.params().cris.model, nn.Identity())
-    with pytest.raises(ConfigError, match="unknown system 'lavt'"):
+    with pytest.raises(ConfigError, match="there is no system 'lavt'"):
         load_model(changed(folder, system="lavt"))
 
 
@@ -188,9 +188,11 @@ def test_an_export_that_is_stopped_leaves_no_half_file(
 
 
 def test_every_registered_system_can_be_configured() -> None:
-    for name in systems.SYSTEMS:
+    assert list(systems.systems()) == ["cris", "global_local", "lts", "risclip"]
+    for name in systems.systems():
         assert callable(systems.system_class(name).build)
         config = type(getattr(Params(), name).model)
+        assert config is systems.system_class(name).config_class
         assert asdict(config()) == json.loads(json.dumps(asdict(config())), object_hook=tuples)
         assert config(**json.loads(json.dumps(asdict(config())))) == config()
 
@@ -274,5 +276,5 @@ def test_weights_of_another_kind_of_system_are_refused(frozen: nn.Module, tiny: 
 def test_who_keeps_clip_and_who_trains_it() -> None:
     assert systems.keeps_clip("risclip")
     assert not systems.keeps_clip("cris")
-    with pytest.raises(ConfigError, match="unknown system 'lavt'"):
+    with pytest.raises(ConfigError, match="there is no system 'lavt'"):
         systems.keeps_clip("lavt")

@@ -18,8 +18,10 @@ from tiny_world import DATASET, IMAGE_SIZE, Tiny
 
 from ris_core.config import Params
 from ris_core.errors import ConfigError, DataError, WeightsError
-from ris_core.evaluation.evaluator import evaluate, queries_of
+from ris_core.evaluation.answers import MapAnswers
+from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, scores
+from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import load_saved_clip
 from ris_core.models.systems import build_model, export_model, load_model
 from ris_core.training import checkpoint as checkpoints
@@ -49,7 +51,7 @@ def arguments(tiny: Tiny, out: Path, system: str = "cris") -> list[str]:
 def whole_validation(tiny: Tiny, model: torch.nn.Module) -> dict[str, float]:
     """Scores of the validation split, all at once and in this process."""
     store, protocol = tiny.store(), PROTOCOLS["ours"]
-    table = evaluate(model, store, queries_of(store, "val", protocol), protocol, word_len=12, split="val")
+    table = evaluate(MapAnswers(model, 12), store, queries_of(store, "val", protocol), protocol, split="val")
     return scores(table["intersection"].to_numpy(), table["union"].to_numpy())
 
 
@@ -101,7 +103,7 @@ def test_every_validation_image_is_on_exactly_one_rank(
     params.cris.train.validate_images = limit
     asked: list[int] = []
 
-    def counted(model: object, store: object, queries: list, *_: object, **__: object) -> pa.Table:
+    def counted(answer: object, store: object, queries: list, *_: object, **__: object) -> pa.Table:
         asked.extend(query.sent_id for query in queries)
         return pa.table({"intersection": pa.array([1] * len(queries)), "union": pa.array([4] * len(queries))})
 
@@ -120,14 +122,14 @@ def test_validation_follows_its_protocol(tiny: Tiny, monkeypatch: pytest.MonkeyP
     params.cris.train.validate_protocol = "cris_val"
     counts = []
 
-    def counted(model: object, store: object, queries: list, protocol: object, **_: object) -> pa.Table:
-        counts.append((len(queries), protocol))
+    def counted(answer: MapAnswers, store: object, queries: list, protocol: object, **_: object) -> pa.Table:
+        counts.append((len(queries), protocol, answer.word_len))
         return pa.table({"intersection": [1, 3], "union": [4, 4]})
 
     monkeypatch.setattr(run, "evaluate", counted)
     found = make_validation(store, params.cris.train, Rank(0, 1))(torch.nn.Identity())
     assert found == {"val/mIoU": 0.5, "val/oIoU": 0.5}
-    assert counts == [(store.manifest["splits"]["val"]["refs"], PROTOCOLS["cris_val"])]
+    assert counts == [(store.manifest["splits"]["val"]["refs"], PROTOCOLS["cris_val"], 12)]
 
 
 def test_new_layers_depend_on_the_seed_alone(tiny: Tiny) -> None:

@@ -1,0 +1,247 @@
+"""Stage `compare`: all systems on one dataset, in pairs over the same expressions, and side by side in pictures.
+
+python -m pipelines.compare --dataset shapes
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines import files, paths
+from pipelines.gallery import KINDS
+from pipelines.scores import rounded, sorted_splits
+from pipelines.stage import run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from PIL import Image
+
+    from ris_core.config import EvaluateParams
+    from ris_core.evaluation.metrics import Protocol
+
+EXPRESSION = ["sent_id", "image_id", "ref_id", "text", "kind"]  # what says that two rows are about the same
+ANSWER = ["intersection", "union"]
+MEASURES = ("mIoU", "oIoU")
+HARD_PER_KIND = 2
+
+
+def main(dataset: Annotated[str, typer.Option(help="a dataset that all systems were evaluated on")]) -> None:
+    """Test all systems against each other over the same expressions, and show what was hard for them."""
+    from pipelines.stage import check_names, params
+    from ris_core.evaluation.metrics import PROTOCOLS
+
+    check_names(dataset)
+    chosen = params()
+    protocol = PROTOCOLS[chosen.evaluate.protocols[0]]
+    tables = {
+        split: joined(of_systems, f"{dataset} {split}")
+        for split, of_systems in read_tables(dataset, chosen.systems, protocol).items()
+    }
+    if len(chosen.systems) == 1:
+        typer.echo(f"{chosen.systems[0]} is the only system: there are no pairs to compare")
+    splits = {
+        split: {"expressions": len(table), "pairs": pairs(table, chosen.systems, chosen.evaluate)}
+        for split, table in tables.items()
+    }
+    first = next(iter(tables))
+    rows = hardest(tables[first], chosen.systems)
+    with files.replaced_folder(paths.comparison(dataset)) as folder:
+        hard = draw(rows, chosen.systems, dataset, first, protocol.threshold, folder)
+        found = {"protocol": protocol.name, "splits": splits, "hard": hard}
+        files.write_json(folder / "comparison.json", rounded(found))
+    for line in headlines(splits):
+        typer.echo(line)
+
+
+def read_tables(dataset: str, systems: list[str], protocol: Protocol) -> dict[str, dict[str, pa.Table]]:
+    """For each split, validation first, the table of each system: columns EXPRESSION and ANSWER, rows that count.
+
+    Raises DataError with all that are missing, of a system that was not evaluated or lacks a split that another has.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from ris_core.errors import DataError, list_problems
+
+    place = {system: paths.expressions(system, dataset) for system in systems}
+    prefix = f"{protocol.name}-"
+    found = {s: {file.stem.removeprefix(prefix) for file in place[s].glob(f"{prefix}*.parquet")} for s in systems}
+    splits = sorted_splits(set().union(*found.values()))
+    missing = [
+        f"{system}: no {place[system]}/{prefix}{split}.parquet"
+        for system in systems
+        for split in (splits or ["*"])
+        if split not in found[system]
+    ]
+    if missing:
+        remedy = f"run the stage evaluate for them: python -m pipelines.evaluate --system ... --dataset {dataset}"
+        raise DataError(list_problems(f"the systems cannot be compared on {dataset}", missing, remedy))
+    columns = EXPRESSION + ANSWER
+    counted = pc.field("found") if protocol.skip_unanswered else None
+    tables: dict[str, dict[str, pa.Table]] = {}
+    for split in splits:
+        files_of = {system: place[system] / f"{prefix}{split}.parquet" for system in systems}
+        tables[split] = {s: pq.read_table(file, columns=columns, filters=counted) for s, file in files_of.items()}
+    return tables
+
+
+def joined(tables: dict[str, pa.Table], where: str) -> pa.Table:
+    """One row per expression that every system answered, ordered by sent_id.
+
+    Columns EXPRESSION, and `<system>/intersection`, `<system>/union` of each. Says on stderr which tables had more;
+    `where` names them there. Raises DataError if no expression is left.
+    """
+    from ris_core.errors import DataError
+
+    result = None
+    for system, table in tables.items():
+        own = table.rename_columns({name: f"{system}/{name}" for name in ANSWER})
+        result = own if result is None else result.join(own, EXPRESSION, join_type="inner")
+    if result is None or not len(result):
+        raise DataError(f"{where}: no expression was answered by all of {', '.join(tables)}; evaluate them again")
+    for system, table in tables.items():
+        if len(table) > len(result):
+            dropped = f"{len(table) - len(result)} of {len(table)} expressions of {system}"
+            print(f"{where}: {dropped} left out, as other systems did not answer them", file=sys.stderr)
+    return result.sort_by("sent_id")
+
+
+def pairs(table: pa.Table, systems: list[str], params: EvaluateParams) -> list[dict[str, Any]]:
+    """Differences of each two systems on a joined table, with p values also adjusted for the number of pairs."""
+    from ris_core.evaluation.metrics import holm, paired_bootstrap
+
+    found: list[dict[str, Any]] = []
+    for first, second in combinations(systems, 2):
+        answers = (*overlaps(table, first), *overlaps(table, second))
+        measured = paired_bootstrap(*answers, table["image_id"].to_numpy(), params.bootstrap_samples, params.seed)
+        found.append(
+            {
+                "first": first,
+                "second": second,
+                **{
+                    name: {"difference": each.difference, "interval": list(each.interval), "p": each.p}
+                    for name, each in measured.items()
+                },
+            }
+        )
+    for name in MEASURES:
+        for pair, adjusted in zip(found, holm([pair[name]["p"] for pair in found]), strict=True):
+            pair[name]["p_holm"] = adjusted
+    return found
+
+
+def overlaps(table: pa.Table, system: str) -> tuple[np.ndarray, np.ndarray]:
+    """Intersections and unions of one system in a joined table, int64 (N,)."""
+    return table[f"{system}/intersection"].to_numpy(), table[f"{system}/union"].to_numpy()
+
+
+def hardest(table: pa.Table, systems: list[str]) -> list[dict[str, Any]]:
+    """Rows of a joined table to show: of each kind those with the lowest mean IoU that some system got right (0.5).
+
+    What no system can do may be a fault of the expression; these can be done, and are not. Of different images where
+    there are enough. Each row has `iou`, a number per system.
+    """
+    from ris_core.evaluation.metrics import iou
+
+    values = {system: iou(*overlaps(table, system)).tolist() for system in systems}
+    rows = [
+        {**row, "iou": {system: values[system][i] for system in systems}}
+        for i, row in enumerate(table.select(EXPRESSION).to_pylist())
+    ]
+    possible = sorted(
+        (row for row in rows if max(row["iou"].values()) >= 0.5),
+        key=lambda row: (sum(row["iou"].values()), row["sent_id"]),
+    )
+    chosen: list[dict[str, Any]] = []
+    for kind in KINDS:
+        waiting = [row for row in possible if row["kind"] == kind]
+        for _ in range(min(HARD_PER_KIND, len(waiting))):
+            shown = {row["image_id"] for row in chosen}
+            taken = next((row for row in waiting if row["image_id"] not in shown), waiting[0])
+            waiting.remove(taken)
+            chosen.append(taken)
+    return chosen
+
+
+def draw(
+    rows: list[dict[str, Any]], systems: list[str], dataset: str, split: str, threshold: float, out: Path
+) -> list[dict[str, Any]]:
+    """Write one JPEG per row into `out`, the systems' answers in a line; returns what the report says about each.
+
+    The prediction is tinted, the true outline green, and below stands the IoU that was scored.
+    """
+    from ris_core.evaluation.figures import grid
+
+    seen = scenes(rows, dataset, split)
+    columns = [answered(rows, seen, system, paths.model(system, dataset), threshold) for system in systems]
+    shown = []
+    for number, (row, *panel) in enumerate(zip(rows, *columns, strict=True)):
+        name = f"hard-{number:02d}-{row['kind']}.jpg"
+        grid(panel, columns=len(panel)).save(out / name, quality=85)
+        shown.append({"file": name, **{key: row[key] for key in ("text", "kind", "iou")}})
+    return shown
+
+
+def scenes(rows: list[dict[str, Any]], dataset: str, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each row the photo, uint8 (H, W, 3), and the true mask, bool (H, W)."""
+    from ris_core.data.dataset import ShardStore
+    from ris_core.data.shards import load_image
+
+    store = ShardStore(paths.shards(dataset))
+    place = {store.row(int(index))["image_id"]: int(index) for index in store.images_of(split)}
+    found = []
+    for row in rows:
+        index = place[row["image_id"]]
+        image = store.row(index)
+        ann_id = next(ref["ann_id"] for ref in image["refs"] if ref["ref_id"] == row["ref_id"])
+        truth = store.mask(index, ann_id).astype(bool)
+        found.append((load_image(paths.raw(dataset) / image["file_name"]), truth))
+    return found
+
+
+def answered(
+    rows: list[dict[str, Any]],
+    seen: list[tuple[np.ndarray, np.ndarray]],
+    system: str,
+    model: Path,
+    threshold: float,
+) -> list[Image.Image]:
+    """A picture of one system's answer to each row, captioned with its name and IoU.
+
+    The model goes when this returns: only one is in memory at a time.
+    """
+    from ris_core.evaluation.figures import captioned, overlay
+    from ris_core.predictor import RISPredictor
+
+    predictor = RISPredictor.from_folder(model, threshold=threshold)
+    pictures = []
+    for row, (pixels, truth) in zip(rows, seen, strict=True):
+        predictor.set_image(pixels)
+        (prediction,) = predictor.predict([row["text"]])
+        picture = overlay(pixels, prediction.mask, truth, scale=max(1, round(320 / max(pixels.shape[:2]))))
+        pictures.append(captioned(picture, f"{system} {row['iou'][system]:.2f}"))
+    return pictures
+
+
+def headlines(splits: dict[str, dict[str, Any]]) -> list[str]:
+    """A line per split and pair for the terminal."""
+    lines = []
+    for split, part in splits.items():
+        for pair in part["pairs"]:
+            line = f"{split:6s} {pair['first']} - {pair['second']}:"
+            for name in MEASURES:
+                low, high = pair[name]["interval"]
+                line += f"  {name} {pair[name]['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+                line += f" p {pair[name]['p']:.3f} (Holm {pair[name]['p_holm']:.3f})"
+            lines.append(line)
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)
