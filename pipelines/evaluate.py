@@ -194,11 +194,13 @@ class Scorer:
 
     def __init__(self, places: dict[str, str], images_per_batch: int, use_gpu: bool):
         from ris_core.data.dataset import ShardStore
+        from ris_core.data.proposal_store import ProposalStore
         from ris_core.models.systems import load_model
 
         self.model, self.info = load_model(places["model"], "cuda" if use_gpu else "cpu")
         self.store = ShardStore(places["shards"])
-        self.places, self.images_per_batch = places, images_per_batch
+        self.proposals = ProposalStore(places["proposals"]) if "proposals" in self.info else None
+        self.photos, self.images_per_batch = Path(places["photos"]), images_per_batch
         self.queries = lru_cache(8)(lambda job: job_queries(self.store, dict(job)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -222,15 +224,13 @@ class Scorer:
 
     def answerer(self, job: str) -> Answerer:
         """Whose answers a job is about."""
-        from ris_core.data.proposal_store import ProposalStore
         from ris_core.evaluation.answers import BestProposals, MapAnswers, ProposalAnswers
 
-        if "proposals" not in self.info:
+        if self.proposals is None:
             return MapAnswers(self.model, self.info["word_len"], "locate" if job == LOCATED else "segment")
         if job.endswith(BEST):
-            return BestProposals(ProposalStore(self.places["proposals"]))
-        proposals = None if job == ORACLE else ProposalStore(self.places["proposals"])
-        return ProposalAnswers(self.model, Path(self.places["photos"]), proposals)
+            return BestProposals(self.proposals)
+        return ProposalAnswers(self.model, self.photos, None if job == ORACLE else self.proposals)
 
 
 if __name__ == "__main__":

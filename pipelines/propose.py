@@ -21,6 +21,8 @@ from pipelines.stage import run
 if TYPE_CHECKING:
     from ris_core.config import Params
 
+IMAGES_PER_PART = 64  # some seconds of work each, so that workers stay evenly busy and little is lost with one
+
 
 def main(dataset: Annotated[str, typer.Option(help="a preprocessed dataset")]) -> None:
     """Make the proposals of every image of the evaluated splits, once for all systems."""
@@ -55,7 +57,8 @@ def build(dataset: str, params: Params) -> tuple[dict[str, Any], dict[str, list[
     images = {split: store.images_of(split).tolist() for split in wanted}
     out = paths.proposals(dataset)
     shards = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
-    work = out.with_name(f"{out.name}.partial-{digest([options, wanted, shards])}")
+    inputs = [options, wanted, shards, IMAGES_PER_PART, fingerprint.code_version()]
+    work = out.with_name(f"{out.name}.partial-{digest(inputs)}")
     work.mkdir(parents=True, exist_ok=True)
     names = run_tasks(tasks(dataset, sorted({i for some in images.values() for i in some}), options, work), params)
     made: dict[int, int] = {}
@@ -78,9 +81,6 @@ def build(dataset: str, params: Params) -> tuple[dict[str, Any], dict[str, list[
     shutil.rmtree(out, ignore_errors=True)
     os.replace(work, out)
     return manifest, counts
-
-
-IMAGES_PER_PART = 64  # some seconds of work each, so that workers stay evenly busy and little is lost with one
 
 
 def tasks(dataset: str, images: list[int], options: dict[str, Any], out: Path) -> list[dict[str, str]]:
@@ -110,7 +110,7 @@ def write_one(row: dict[str, str]) -> dict[str, str]:
     import torch
 
     from ris_core.data.dataset import ShardStore
-    from ris_core.data.proposal_store import candidates, write_part
+    from ris_core.data.proposal_store import write_part
     from ris_core.data.shards import load_image
     from ris_core.models.proposals import proposal_options, proposer
 
@@ -118,13 +118,9 @@ def write_one(row: dict[str, str]) -> dict[str, str]:
     path = Path(task["path"])
     if not path.exists():  # the folder's name stands for everything that decides a part's content
         store, options = ShardStore(task["shards"]), proposal_options(task["options"])
-        rows = [store.row(image) for image in task["images"]]
-        if options.generator == "instances":
-            write_part(path, [(each["image_id"], candidates(each, None)) for each in rows])
-        else:
-            propose = proposer(options, "cuda" if torch.cuda.is_available() else "cpu")
-            photos = Path(task["photos"])
-            write_part(path, [(each["image_id"], propose(load_image(photos / each["file_name"]))) for each in rows])
+        propose = proposer(options, "cuda" if torch.cuda.is_available() else "cpu")
+        rows, photos = [store.row(image) for image in task["images"]], Path(task["photos"])
+        write_part(path, [(each["image_id"], propose(load_image(photos / each["file_name"]))) for each in rows])
     return {"name": path.name}
 
 
@@ -134,8 +130,7 @@ def run_tasks(wanted: list[dict[str, str]], params: Params) -> list[str]:
 
     if not wanted:
         return []
-    if params.proposals.generator != "instances":
-        proposer(params.proposals)  # what is missing is told here, not by a worker
+    proposer(params.proposals)  # what is missing is told here, not by a worker
     with cluster.connected():
         use_gpu = params.proposals.generator == "sam" and cluster.has_gpu(params.cluster.use_gpu)
         rows = cluster.data().from_items(wanted, override_num_blocks=len(wanted))

@@ -16,7 +16,7 @@ class RISModel(PythonModel):
 
     Input: a data frame with the columns `image` (base64 of an encoded image; raw bytes; an array uint8 (H, W, 3); or, with
     the parameter allow_paths, a file path) and `text`. Output, one row per input: `counts`, `height`, `width` (compressed
-    COCO RLE at the image's own size) and `score` (mean probability inside the mask, 0 for an empty one).
+    COCO RLE at the image's own size) and `score` (how sure the system is, 0 for an empty mask).
     Parameters: `threshold` (default 0.5), `allow_paths` (default false: a served model must not read files for clients).
     """
 

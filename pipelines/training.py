@@ -27,6 +27,8 @@ def open_run(
     params: Params, system: str, dataset: str, stage: Stage, base_digest: str, parent: str | None = None
 ) -> tuple[str, str]:
     """The MLflow run of a training, new or found again: its name, which ends in a fingerprint of its inputs, and its id."""
+    from ris_core.models.systems import trains
+
     section = getattr(params, system)
     training = getattr(section, stage)
     chosen = asdict(training) if training is not None else {}
@@ -35,7 +37,12 @@ def open_run(
     run_id = tracking.open_run(
         params.register.experiment,
         name,
-        {system: asdict(section.model), "train": chosen, "preprocess": asdict(params.preprocess)},
+        {
+            system: asdict(section.model),
+            "train": chosen,
+            "preprocess": asdict(params.preprocess),
+            **({} if trains(system) else {"proposals": asdict(params.proposals)}),
+        },
         {
             "ris.stage": stage,
             "ris.system": system,

@@ -233,11 +233,13 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     schema = _schema()
     problems = _misfits(schema, raw, "")
     problems += _contradictions(schema, {}, raw, "", problems)
+    problems += _impossible_trainings(raw, "")
     for name, preset in presets.items():
         prefix = f"presets.{name!s}."
         if isinstance(preset, DictConfig):
             problems += _misfits(schema, preset, prefix)
             problems += _contradictions(schema, raw, preset, prefix, problems)
+            problems += _impossible_trainings(preset, prefix)
         elif preset is not None:
             problems.append(f"presets.{name!s}: expected sections, found {preset!r}")
     chosen = str(raw.get("preset", schema.preset))
@@ -252,17 +254,23 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         for system in params.systems
         if (name := getattr(params, system).clip) not in params.clips
     ]
-    for system in params.systems:
-        has = {"initialise": has_first_stage(system), "train": trains(system)}
-        for name, wanted in has.items():
-            given = getattr(getattr(params, system), name) is not None
-            if given and not wanted:
-                problems.append(f"{system}.{name}: {system} has no such training: set it to null")
-            if wanted and not given:
-                problems.append(f"{system}.{name}: {system} needs this training: it cannot be null")
     if problems:
         raise ConfigError(list_problems(f"{path} cannot be used", problems))
     return params
+
+
+def _impossible_trainings(given: DictConfig, prefix: str) -> list[str]:
+    """Trainings that are asked of a system which has none, and a system's only one left out."""
+    problems = []
+    for system, section in ((name, given.get(name)) for name in systems()):
+        if not isinstance(section, DictConfig):
+            continue
+        for name, has in (("initialise", has_first_stage(system)), ("train", trains(system))):
+            if section.get(name) is not None and not has:
+                problems.append(f"{prefix}{system}.{name}: {system} has no such training: set it to null")
+        if trains(system) and "train" in section and section.train is None:
+            problems.append(f"{prefix}{system}.train: {system} needs this training: it cannot be null")
+    return problems
 
 
 def _inherit(merged: Any) -> Any:

@@ -6,7 +6,8 @@
     index, iou = best_proposal(masks, target)             # how good an answer can be at all
 
 Every generator maps an RGB image uint8 (H, W, 3) to masks bool (N, H, W), largest first, without near duplicates, and
-gives the same masks for the same image: they can be cached. Ground-truth instances are just masks and need no function.
+gives the same masks for the same image: they can be cached. An image's annotated objects, the oracle proposals, are in its
+shard already: zero-shot systems are scored on them too, beside those of the generator.
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ class SAMOptions(ProposalFilter):
         return super()._problems() + problems
 
 
-GENERATORS = ("felzenszwalb", "sam", "instances")
+GENERATORS = ("felzenszwalb", "sam")
 
 
 @dataclass(frozen=True)
 class ProposalOptions:
     """A generator by name, and the options of each."""
 
-    generator: str = field(default="felzenszwalb", metadata={"choices": GENERATORS})  # instances: annotated objects
+    generator: str = field(default="felzenszwalb", metadata={"choices": GENERATORS})
     felzenszwalb: FelzenszwalbOptions = field(default_factory=FelzenszwalbOptions)
     sam: SAMOptions = field(default_factory=SAMOptions)
     sam_weights: str | None = None  # a folder as transformers saves it
@@ -121,18 +122,14 @@ def proposer(options: ProposalOptions, device: str | torch.device = "cpu") -> Ca
     """What makes proposals of a picture, by these options; see `felzenszwalb` for what goes in and comes out.
 
     Raises:
-        ConfigError: proposals from annotations, which a picture alone does not have; or SAM without a folder of weights.
+        ConfigError: SAM without a folder of weights, or without transformers.
         WeightsError: see `SAMProposer`.
     """
     if options.generator == "felzenszwalb":
         return partial(felzenszwalb, options=options.felzenszwalb)
-    if options.generator == "sam":
-        if options.sam_weights is None:
-            raise ConfigError("proposals.generator is sam: set proposals.sam_weights to a folder with its weights")
-        return SAMProposer(options.sam_weights, options.sam, device)
-    raise ConfigError(
-        f"proposals.generator is {options.generator!r}: there are no annotations of a new picture; take felzenszwalb or sam"
-    )
+    if options.sam_weights is None:
+        raise ConfigError("proposals.generator is sam: set proposals.sam_weights to a folder with its weights")
+    return SAMProposer(options.sam_weights, options.sam, device)
 
 
 def felzenszwalb(image: np.ndarray, options: FelzenszwalbOptions | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pipelines_world import Workplace
 
-from pipelines import evaluate, files, gallery, report, report_tables
+from pipelines import files, gallery, report, report_tables
 from ris_core.config import EvaluateParams
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError

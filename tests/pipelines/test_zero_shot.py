@@ -237,7 +237,7 @@ def test_other_proposals_or_another_clip_are_another_run(made: Made, workplace: 
     workplace.link("raw", "shards", "clip")
     workplace.change(systems=[SYSTEM])
     seen = []
-    changes = [{}, {"train": {"lr": 1.0}}, {"proposals": {"felzenszwalb": {"sigma": 0.9}}}]
+    changes: list[dict[str, Any]] = [{}, {"train": {"lr": 1.0}}, {"proposals": {"felzenszwalb": {"sigma": 0.9}}}]
     for change in [*changes, {"global_local": {"model": {"alpha": 0.5}}}]:
         workplace.change(**change)
         initialise.main(SYSTEM, DATASET)

@@ -269,7 +269,7 @@ def test_the_models_own_resampling_is_used(tmp_path: Path, tiny: Tiny, folder: P
             seen.append(images)
 
     for mode in ("exact", "opencv4"):
-        MapPredictor(Looking(), IMAGE_SIZE, 12, resample=mode).set_image(picture)  # type: ignore[arg-type]
+        MapPredictor(Looking(), IMAGE_SIZE, 12, resample=mode).set_image(picture)
     assert not torch.equal(seen[0], seen[1])
     assert torch.allclose(seen[0], seen[1], atol=1.0)
 

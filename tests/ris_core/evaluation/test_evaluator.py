@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,7 +104,7 @@ class Constant(nn.Module):
         return torch.full((len(tokens), 1, 80, 80), self.logit)
 
 
-def table_of(model: nn.Module, store: ShardStore, protocol: Protocol = OURS, **options: int) -> pa.Table:
+def table_of(model: nn.Module, store: ShardStore, protocol: Protocol = OURS, **options: Any) -> pa.Table:
     queries = queries_of(store, "val", protocol)
     return evaluate(MapAnswers(model, WORD_LEN), store, queries, protocol, split="val", **options)
 
@@ -124,7 +125,7 @@ def test_one_who_knows_the_truth_scores_full(store: ShardStore) -> None:
 
 def test_masks_are_compared_at_the_original_size(store: ShardStore) -> None:
     table = table_of(Oracle(store), store)
-    areas = {}
+    areas: dict[int, int] = {}
     for image in range(len(store)):
         row = store.row(image)
         areas |= {ref["ref_id"]: int(store.mask(image, ref["ann_id"]).sum()) for ref in row["refs"]}

@@ -123,7 +123,7 @@ def test_features_scores_and_choice(golden: Fixture, alpha: float, antialias: bo
     best = golden[f"argmax_alpha{alpha}{suffix}"].item()
     assert scores.argmax(dim=1).tolist() == [best]
     choice = choose(golden["masks"].bool(), scores)
-    assert torch.equal(choice.masks[0], golden["masks"][best].bool())
+    assert torch.equal(choice.masks[0], golden["masks"][int(best)].bool())
 
 
 @pytest.mark.parametrize(("blocks", "name"), [(3, "global_features_block0"), (1, "global_features_lastblock")])
