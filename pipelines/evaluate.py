@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ris_core.evaluation.metrics import Protocol
     from ris_core.evaluation.queries import Query
 
-BEHAVIOUR_IMAGES = 60
+BEHAVIOUR_IMAGES = 40
 PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly busy
 
 
@@ -195,12 +195,16 @@ class Scorer:
     def __init__(self, places: dict[str, str], images_per_batch: int, use_gpu: bool):
         from ris_core.data.dataset import ShardStore
         from ris_core.data.proposal_store import ProposalStore
+        from ris_core.evaluation.answers import ProposalAnswers
         from ris_core.models.systems import load_model
 
         self.model, self.info = load_model(places["model"], "cuda" if use_gpu else "cpu")
         self.store = ShardStore(places["shards"])
         self.proposals = ProposalStore(places["proposals"]) if "proposals" in self.info else None
-        self.photos, self.images_per_batch = Path(places["photos"]), images_per_batch
+        photos, self.images_per_batch = Path(places["photos"]), images_per_batch
+        self.choosing = {
+            oracle: ProposalAnswers(self.model, photos, None if oracle else self.proposals) for oracle in (False, True)
+        }
         self.queries = lru_cache(8)(lambda job: job_queries(self.store, dict(job)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -224,13 +228,13 @@ class Scorer:
 
     def answerer(self, job: str) -> Answerer:
         """Whose answers a job is about."""
-        from ris_core.evaluation.answers import BestProposals, MapAnswers, ProposalAnswers
+        from ris_core.evaluation.answers import BestProposals, MapAnswers
 
         if self.proposals is None:
             return MapAnswers(self.model, self.info["word_len"], "locate" if job == LOCATED else "segment")
         if job.endswith(BEST):
             return BestProposals(self.proposals)
-        return ProposalAnswers(self.model, self.photos, None if job == ORACLE else self.proposals)
+        return self.choosing[job == ORACLE]
 
 
 if __name__ == "__main__":

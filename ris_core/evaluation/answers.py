@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,8 @@ from ris_core.evaluation.queries import Query
 from ris_core.models.choice import choose
 from ris_core.models.clip import normalise
 from ris_core.models.systems import upsampled_map
+
+KEPT_IMAGES = 500
 
 
 class Answers(NamedTuple):
@@ -79,7 +82,6 @@ class MapAnswers:
         return Answers(masks, (full * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1))
 
 
-@dataclass(frozen=True)
 class ProposalAnswers:
     """A zero-shot system's: for each expression the proposal it scores highest, whatever the protocol's threshold.
 
@@ -87,9 +89,10 @@ class ProposalAnswers:
     shows how well it chooses; a score is the softmax of the chosen proposal's among all.
     """
 
-    model: Any
-    photos: Path
-    proposals: ProposalStore | None = None
+    def __init__(self, model: Any, photos: Path, proposals: ProposalStore | None = None):
+        self.model, self.photos, self.proposals = model, photos, proposals
+        # The same images come again under other protocols and controls. Of a photo, features take about a megabyte.
+        self.encoded = lru_cache(KEPT_IMAGES)(self._encode)
 
     @torch.inference_mode()
     def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
@@ -98,12 +101,14 @@ class ProposalAnswers:
             for image in dict.fromkeys(query.image for query in queries)
         }
 
-    def _of_image(self, store: ShardStore, image: int, texts: list[str], protocol: Protocol) -> Answers:
+    def _encode(self, store: ShardStore, image: int) -> Any:
         row = store.row(image)
-        masks = candidates(row, self.proposals)
-        features = self.model.encode_proposals(load_image(self.photos / row["file_name"]), masks)
-        scores = self.model.score(features, texts).float()
-        choice = choose(torch.from_numpy(masks).to(scores.device), scores)
+        return self.model.encode_proposals(load_image(self.photos / row["file_name"]), candidates(row, self.proposals))
+
+    def _of_image(self, store: ShardStore, image: int, texts: list[str], protocol: Protocol) -> Answers:
+        masks = torch.from_numpy(candidates(store.row(image), self.proposals))
+        scores = self.model.score(self.encoded(store, image), texts).float()
+        choice = choose(masks.to(scores.device), scores)
         return Answers(resized(choice.masks, protocol), choice.shares, found=len(masks) > 0)
 
 

@@ -165,18 +165,6 @@ def test_other_options_do_not_take_over_what_was_finished(ready: Workplace, monk
     assert len(list(OUT.parent.iterdir())) == 4
 
 
-def test_proposals_that_are_the_annotated_objects(ready: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(propose, "run_tasks", in_this_process)
-    ready.change(proposals={"generator": "instances", "splits": ["testB"]})
-    propose.main(DATASET)
-    store, shards = ProposalStore(OUT), ready.tiny.store()
-    assert store.manifest["options"]["generator"] == "instances"
-    for image in map(int, shards.images_of("testB")):
-        row = shards.row(image)
-        wanted = [shards.mask(image, o["ann_id"]) for o in row["instances"] if not o["iscrowd"]]
-        assert np.array_equal(store.masks(row["image_id"]), np.stack(wanted) > 0)
-
-
 def test_without_a_zero_shot_system_none_are_made_and_it_says_so(
     ready: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

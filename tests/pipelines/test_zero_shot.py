@@ -212,7 +212,7 @@ def test_what_else_a_score_depends_on_is_recorded_beside_it(evaluated: Made) -> 
 
 
 @pytest.mark.parametrize(
-    "change", [{"options": {"generator": "instances"}}, {"options": {}}, {"data_digest": "0" * 64}], ids=str
+    "change", [{"options": {"sam_weights": "sam"}}, {"options": {}}, {"data_digest": "0" * 64}], ids=str
 )
 def test_a_model_and_proposals_that_do_not_go_together_are_refused(
     change: dict[str, Any], made: Made, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
