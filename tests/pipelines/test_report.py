@@ -19,6 +19,7 @@ from PIL import Image
 from pipelines_world import Workplace
 
 from pipelines import files, gallery, report, report_tables
+from pipelines.scores import summary
 from ris_core.config import EvaluateParams
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError
@@ -415,10 +416,10 @@ def test_a_system_without_training_has_no_curve(history: str | None, workplace: 
 
 
 def test_scores_as_evaluate_writes_them_are_shown(workplace: Workplace) -> None:
-    """The page reads what `scores.summary` makes, not only what these tests imagine."""
+    """The page reads what `summary` makes, not only what these tests imagine."""
     out = evaluated("cris-shapes", 1)
     rows = [{"intersection": 5 * i, "kind": gallery.KINDS[i % 5]} for i in range(20)]
-    found = scores.summary(table(rows), OURS, EvaluateParams(bootstrap_samples=20))
+    found = summary(table(rows), OURS, EvaluateParams(bootstrap_samples=20))
     files.write_json(out / "metrics.json", {"ours": {"val": found}})
     low, high = found["mIoU_95"]
     (_, _, cris, _) = rows_of("<h3>shapes, protocol “ours”</h3>", page())

@@ -141,6 +141,7 @@ def test_sections_within_sections_are_checked_alike(tmp_path: Path) -> None:
         "cris.vis_dim": "unknown parameter; known here: clip, model, initialise, train",
         "cris.clip": "'vitt' is not one of rn, vit",
         "cris.model": "expected a section with vis_dim, fpn_out, ",
+        "cris.initialise": "cris has no such training: set it to null",
         "cris.train.lr": "Value 'fast' of type 'str' could not be converted to Float",
         "cris.train.loss.focal_alpha": "1.0 is not below 1",
         "risclip.initialise": "expected a section with seed, epochs, ",
