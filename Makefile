@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 
 .PHONY: repro repro-long test lint bench env lock
 repro: env
-	dvc repro
+	python -m pipelines.repro
 
 # The longer budget as a DVC experiment: it changes params.yaml and results/ here; `git checkout . && dvc checkout` goes back.
 repro-long: env

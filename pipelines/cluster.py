@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+WATCHDOG = "RAY_API_SERVER_ADDRESS"
+AT_ONCE = "RIS_AT_ONCE"  # how many stages share the cluster, where `pipelines.repro` runs several
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def connected(**init: Any) -> Iterator[None]:
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return
-    handed_on = {name: os.environ[name] for name in ENVIRONMENT}
+    handed_on = {name: os.environ[name] for name in (*ENVIRONMENT, WATCHDOG) if name in os.environ}
     settings: dict[str, Any] = {"runtime_env": {"env_vars": handed_on}, "logging_level": "warning"}
     if address:
         _join(address, settings)
@@ -55,13 +57,27 @@ def connected(**init: Any) -> Iterator[None]:
         # Ray Train's watchdog asks this address whether the run's controller lives. Left to find one, it may ask another
         # Ray of this machine, which knows nothing of the controller, and then ends the training.
         port = _free_port()
-        handed_on["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        handed_on[WATCHDOG] = f"http://127.0.0.1:{port}"
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
         ray.init(address="local", **dashboard, **settings, **init)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def shared() -> Iterator[dict[str, str]]:
+    """Inside the block there is a Ray for several commands; given are the environment variables that make them join it.
+
+    It is the cluster at `RAY_ADDRESS` if that is set, otherwise a private one, which ends with the block.
+    """
+    with connected():
+        import ray
+
+        context = ray.get_runtime_context()
+        address = os.environ.get("RAY_ADDRESS") or context.gcs_address
+        yield {"RAY_ADDRESS": address, **context.runtime_env["env_vars"]}
 
 
 def _join(address: str, settings: dict[str, Any]) -> None:
@@ -79,6 +95,27 @@ def _join(address: str, settings: dict[str, Any]) -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}). Start it, or unset "
             "RAY_ADDRESS to use a private one on this machine"
         ) from error
+
+
+def at_once() -> int:
+    """How many stages share the cluster now."""
+    return int(os.environ.get(AT_ONCE, "1"))
+
+
+def smallest_node() -> int:
+    """CPUs of the smallest node that has any."""
+    import ray
+
+    return int(min(cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU", 0))))
+
+
+def cpus_each(workers: int) -> int:
+    """CPUs for each of `workers` processes spread evenly over the nodes, beside as many of other stages that run now."""
+    import ray
+
+    nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    together = -(-workers // nodes) * at_once()
+    return max(1, smallest_node() // together)
 
 
 def _free_port() -> int:

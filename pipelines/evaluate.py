@@ -165,12 +165,13 @@ def score(params: Params, system: str, dataset: str, wanted: list[dict[str, Any]
             }.items()
         }
         data = cluster.data()
+        actors = max(1, params.cluster.evaluate_actors // cluster.at_once())
         rows = data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
             Scorer,
             fn_constructor_args=(places, params.evaluate.images_per_batch, use_gpu),
             batch_size=1,
             batch_format="pyarrow",
-            compute=data.ActorPoolStrategy(size=min(params.cluster.evaluate_actors, len(pieces))),
+            compute=data.ActorPoolStrategy(size=min(actors, len(pieces))),
             num_cpus=1,
             num_gpus=1 if use_gpu else 0,
         )

@@ -91,7 +91,8 @@ def fit(params: Params, system: str, dataset: str, stage: Stage, base: Path, nam
 
     place = params.cluster
     use_gpu = cluster.has_gpu(place.use_gpu)
-    cluster.check_resources(place.train_workers, place.cpus_per_worker, int(use_gpu))
+    cpus = place.cpus_per_worker or cluster.cpus_each(place.train_workers)
+    cluster.check_resources(place.train_workers, cpus, int(use_gpu))
     config = {
         "params": params,
         "system": system,
@@ -107,7 +108,7 @@ def fit(params: Params, system: str, dataset: str, stage: Stage, base: Path, nam
         scaling_config=ScalingConfig(
             num_workers=place.train_workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": place.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
             name=name,

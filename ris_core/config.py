@@ -165,7 +165,7 @@ class ClusterParams:
     """Where work runs. Not tracked by DVC: the same result is expected from one worker or many."""
 
     train_workers: int = option(1, minimum=1)
-    cpus_per_worker: int = option(2, minimum=1)
+    cpus_per_worker: int | None = option(None, minimum=1)
     use_gpu: str = option("auto", choices=("auto", "yes", "no"))
     max_failures: int = option(2, minimum=0)
     evaluate_actors: int = option(2, minimum=1)

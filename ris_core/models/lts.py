@@ -73,7 +73,7 @@ class LTSConfig:
 
     backbone: str = "darknet53"  # [unconfirmed] a timm model by name; or "clip": the visual tower of a ResNet CLIP
     pretrained: bool = False  # [chosen] the timm model's own weights, fetched or found in the cache
-    text: str = "gru"  # [stated] bidirectional GRU; or "clip": CLIP's text tower, the state at the end mark
+    text: str = "gru"  # [stated] bidirectional GRU; or "clip": CLIP's text tower, sentence state and words
     word_vectors: str = (
         "learned"  # [chosen] of the GRU; or "clip": the CLIP's table (MCN: GloVe). Ids are CLIP's in both
     )

@@ -116,9 +116,12 @@ def _levels(name: str) -> list[int]:
 
 
 class ClipSentence(nn.Module):
-    """The text tower of a CLIP: the projected state at the end mark, not normalised.
+    """The text tower of a CLIP: its projected state at the end mark, not normalised, beside the sum of its word vectors.
 
-    Takes over the tower's modules and parameters under their own names, without the visual tower and the temperature.
+    Contrastive training on captions makes the state nearly deaf to words of place: of our small ResNet CLIP, a linear
+    probe tells "left" from "right" in 73 % of the sentences. The sum, of vectors brought to one scale by a layer norm,
+    holds every word alike. Takes over the tower's modules and parameters under their own names, without the visual tower
+    and the temperature.
     """
 
     def __init__(self, clip: CLIP) -> None:
@@ -130,10 +133,13 @@ class ClipSentence(nn.Module):
         self.text_projection = clip.text_projection
         self.context_length = int(clip.context_length)
         self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
-        self.dim = self.text_projection.shape[1]
+        width, state_dim = self.text_projection.shape
+        self.word_norm = nn.LayerNorm(width)
+        self.dim = state_dim + width
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return encode_words(self, tokens)[1]
+        words = self.word_norm(self.token_embedding(tokens)) * within(tokens)
+        return torch.cat([encode_words(self, tokens)[1], words.sum(dim=1)], dim=1)
 
 
 class GruSentence(nn.Module):
@@ -160,10 +166,8 @@ class GruSentence(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        last = tokens.argmax(
-            dim=1, keepdim=True
-        )  # (N, 1); 0 for a sentence that is all padding: one token, the padding
-        keep = (place <= last)[:, :, None]
+        last = tokens.argmax(dim=1, keepdim=True)  # (N, 1)
+        keep = within(tokens)
         mirror = torch.where(place <= last, last - place, place)
         words = self.token_embedding(tokens)
         ahead = self.ahead(words)[0]
@@ -176,6 +180,12 @@ class GruSentence(nn.Module):
             return (states * keep).sum(dim=1) / (last + 1)
         weights = self.scores(states).masked_fill(~keep, float("-inf")).softmax(dim=1)
         return (weights * states).sum(dim=1)
+
+
+def within(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (N, L) -> bool (N, L, 1): not padding. Of a sentence that is all padding, the first token counts."""
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    return (place <= tokens.argmax(dim=1, keepdim=True))[:, :, None]
 
 
 def _reorder(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

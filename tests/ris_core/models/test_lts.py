@@ -16,7 +16,7 @@ from torch import nn
 from ris_core.config import LossParams
 from ris_core.data.text import END_ID, START_ID
 from ris_core.errors import ConfigError, WeightsError
-from ris_core.models.clip import IMAGE_MEAN, IMAGE_STD, build_clip, load_strictly
+from ris_core.models.clip import IMAGE_MEAN, IMAGE_STD, build_clip, encode_words, load_strictly
 from ris_core.models.lts import LTS, NOTICE, LTSConfig
 from ris_core.models.lts_encoders import GruSentence, TimmBackbone
 from ris_core.models.lts_layers import Fusion, Segmenter, box_coordinates
@@ -265,6 +265,19 @@ def test_padding_changes_nothing(options: dict[str, Any]) -> None:
         for n, length in enumerate((3, 5, 4)):
             torch.testing.assert_close(together[n : n + 1], text(TOKENS[n : n + 1, :length]), atol=1e-6, rtol=1e-5)
         assert (together[0] - together[2]).abs().max() > 1e-3
+
+
+def test_a_clips_sentence_is_its_state_beside_the_sum_of_its_words() -> None:
+    model = small(text="clip")
+    state, words = model.text(TOKENS).split(
+        [model.text.text_projection.shape[1], model.text.word_norm.weight.numel()], 1
+    )
+    torch.testing.assert_close(state, encode_words(model.text, TOKENS)[1])
+    reordered = model.text(TOKENS[1:2, [0, 2, 1, 3, 4]])
+    torch.testing.assert_close(reordered[:, state.shape[1] :], words[1:2], atol=1e-6, rtol=1e-5)
+    assert (reordered[:, : state.shape[1]] - state[1:2]).abs().max() > 1e-4
+    table = F.layer_norm(model.text.token_embedding.weight, (words.shape[1],))
+    torch.testing.assert_close(words[1], sum(table[token] for token in TOKENS[1].tolist()), atol=1e-6, rtol=1e-5)
 
 
 def test_the_two_grus_equal_a_packed_bidirectional_one() -> None:

@@ -1,0 +1,105 @@
+"""Stages side by side: in DVC's order, no more than asked at a time, and what a failure leaves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines.repro import in_order, outdated, reproduce
+
+STAGES = {"data": [], "clip": ["data"], "shards": ["data"], "train": ["clip", "shards"], "report": ["train"]}
+
+
+def test_a_stage_begins_after_those_it_waits_for_and_beside_the_others() -> None:
+    together = threading.Barrier(2, timeout=30)  # breaks if the two are not at work at the same time
+    done: list[str] = []
+
+    def work(stage: str) -> bool:
+        assert set(STAGES[stage]) <= set(done)
+        if stage in ("clip", "shards"):
+            together.wait()
+        done.append(stage)
+        return True
+
+    assert in_order(STAGES, work, 2) == []
+    assert sorted(done) == sorted(STAGES)
+
+
+def test_no_more_stages_at_a_time_than_asked() -> None:
+    alone = threading.Lock()
+
+    def work(stage: str) -> bool:
+        assert alone.acquire(blocking=False)
+        try:
+            return not threading.Event().wait(0.01)
+        finally:
+            alone.release()
+
+    assert in_order(STAGES, work, 1) == []
+
+
+def test_after_a_failure_nothing_begins_and_what_runs_ends() -> None:
+    begun: list[str] = []
+    ended: list[str] = []
+    failed = threading.Event()
+
+    def work(stage: str) -> bool:
+        begun.append(stage)
+        if stage == "clip":
+            failed.set()
+            return False
+        if stage == "shards":
+            failed.wait(30)
+        ended.append(stage)
+        return True
+
+    assert in_order({**STAGES, "more": ["data"], "most": ["shards"]}, work, 2) == ["clip"]
+    assert ended[:2] == ["data", "shards"]
+    assert not {"train", "report", "most"} & set(begun)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two stages that each wait for the other's sign of life, and a third that adds their outputs."""
+    wait = "touch {0}.here; for i in $(seq 300); do test -e {1}.here && break; sleep 0.1; done; test -e {1}.here"
+    (tmp_path / "dvc.yaml").write_text(
+        f"""
+stages:
+  a: {{cmd: "{wait.format("a", "b")} && cat in > a", deps: [in], outs: [a]}}
+  b: {{cmd: "{wait.format("b", "a")} && cat in > b", deps: [in], outs: [b]}}
+  c: {{cmd: "cat a b > c", deps: [a, b], outs: [c]}}
+"""
+    )
+    (tmp_path / "in").write_text("1\n")
+    monkeypatch.chdir(tmp_path)
+    dvc("init", "--no-scm")
+    return tmp_path
+
+
+def dvc(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_dvc_takes_stages_side_by_side_and_finds_them_up_to_date(
+    repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert outdated() == {"a": [], "b": [], "c": ["a", "b"]}
+    assert in_order(outdated(), lambda stage: reproduce(stage, 1, {"NAME": "x"}), 2) == []
+    assert (repository / "c").read_text() == "1\n1\n"
+    assert "c | > cat a b > c" in capfd.readouterr().out
+    assert outdated() == {}
+    assert "up to date" in dvc("status")
+    (repository / "a").unlink()
+    assert outdated() == {"a": [], "c": ["a"]}
+
+
+def test_a_stage_that_fails_says_why(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (repository / "in").unlink()
+    assert not reproduce("a", 1, {})
+    assert "a | ERROR: failed to reproduce 'a'" in capfd.readouterr().out
