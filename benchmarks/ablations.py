@@ -44,6 +44,7 @@ VARIANTS = {
         "gaussian": "prior taught a Gaussian",
         "stride_16": "prior at 1/16",
         "no_coordinates": "without coordinates",
+        "clip_state": "hears CLIP's sentence state alone",
         "oracle": "told the true prior",
     },
 }
@@ -59,6 +60,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "gaussian": {"prior_target": "gaussian"},
         "stride_16": {"prior_stride": 16},
         "no_coordinates": {"coordinates": "none"},
+        "clip_state": {"text": "clip_state"},
         "oracle": {"prior": "none", "prior_weight": 0.0},  # what is told needs no locator
     },
 }

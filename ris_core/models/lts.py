@@ -45,8 +45,9 @@ NOTICE = (
 )
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
+_OF_CLIP = ("clip", "clip_state")  # what a CLIP's text tower gives
 _CHOICES = {
-    "text": ("gru", "clip"),
+    "text": ("gru", *_OF_CLIP),
     "word_vectors": ("learned", "clip"),
     "pooling": ("mean", "attention", "last"),
     "coordinates": ("box", "xy", "none"),
@@ -73,7 +74,7 @@ class LTSConfig:
 
     backbone: str = "darknet53"  # [unconfirmed] a timm model by name; or "clip": the visual tower of a ResNet CLIP
     pretrained: bool = False  # [chosen] the timm model's own weights, fetched or found in the cache
-    text: str = "gru"  # [stated] bidirectional GRU; or "clip": CLIP's text tower, sentence state and words
+    text: str = "gru"  # [stated] bidirectional GRU; or CLIP's text tower: "clip", "clip_state" without its words
     word_vectors: str = (
         "learned"  # [chosen] of the GRU; or "clip": the CLIP's table (MCN: GloVe). Ids are CLIP's in both
     )
@@ -108,7 +109,7 @@ class LTSConfig:
             if getattr(self, name) not in choices
         ]
         problems += [f"{name} is {getattr(self, name)}: use 1 or more" for name in _SIZES if getattr(self, name) < 1]
-        from_clip = self.text == "clip" or self.word_vectors == "clip"
+        from_clip = self.text in _OF_CLIP or self.word_vectors == "clip"
         heads, width = self.locator_heads, self.locator_dim
         checks = {
             "backbone is empty: use clip or the name of a timm model": bool(self.backbone),
@@ -116,12 +117,12 @@ class LTSConfig:
                 self.pretrained and self.backbone == "clip"
             ),
             "word_vectors is clip, but so is text: word_vectors belongs to text gru": not (
-                self.text == self.word_vectors == "clip"
+                self.text in _OF_CLIP and self.word_vectors == "clip"
             ),
             "freeze_token_embedding is true, but the word vectors are learned: set word_vectors or text to clip": (
                 from_clip or not self.freeze_token_embedding
             ),
-            "freeze_clip_text is true, but text is not clip": self.text == "clip" or not self.freeze_clip_text,
+            "freeze_clip_text is true, but text is not clip": self.text in _OF_CLIP or not self.freeze_clip_text,
             f"dim is {self.dim}: use an even number": self.dim % 2 == 0,
             f"locator_dim is {width}: use a multiple of 4 (2D sine positions)": width % 4 == 0,
             f"locator_heads is {heads}: it must divide locator_dim {width}": heads < 1 or width % heads == 0,
@@ -152,7 +153,9 @@ class LTS(nn.Module):
     def __init__(self, clip: CLIP | None, config: LTSConfig) -> None:
         super().__init__()
         self.locates = config.prior != "none"
-        uses = [name for name in ("backbone", "text", "word_vectors") if getattr(config, name) == "clip"]
+        uses = [
+            name for name in ("backbone", "text", "word_vectors") if getattr(config, name) in ("clip", "clip_state")
+        ]
         if uses and clip is None:
             raise ConfigError(f"LTS with {' and '.join(uses)} = clip needs a CLIP, got none")
         self.config = config
@@ -251,7 +254,7 @@ class LTS(nn.Module):
 
         `pos_embed_group` is the group of a CLIP text tower's positional embedding.
         """
-        slow = ("backbone.", "text.") if self.config.text == "clip" else ("backbone.",)
+        slow = ("backbone.", "text.") if self.config.text in _OF_CLIP else ("backbone.",)
         groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -284,8 +287,8 @@ class LTS(nn.Module):
 
 
 def _sentence_encoder(clip: Any, config: LTSConfig) -> ClipSentence | GruSentence:
-    if config.text == "clip":
-        return ClipSentence(clip)
+    if config.text in _OF_CLIP:
+        return ClipSentence(clip, with_words=config.text == "clip")
     learned = config.word_vectors == "learned"
     table = nn.Embedding(END_ID + 1, config.embedding_dim, padding_idx=0) if learned else clip.token_embedding
     return GruSentence(table, config.gru_dim, config.pooling)

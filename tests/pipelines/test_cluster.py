@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,33 @@ def test_workers_get_what_every_process_must_have(ray_session: None) -> None:
     environment, nodes = ray.get(look.remote())
     assert environment == {name: os.environ[name] for name in names}
     assert nodes == [ray.get_runtime_context().get_node_id()]  # of this Ray, whichever others run on this machine
+
+
+@pytest.mark.ray
+def test_commands_join_the_ray_they_share(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code = """
+from pipelines import cluster
+with cluster.connected():
+    import ray
+    task = ray.remote(num_cpus=0)(lambda: __import__("os").environ["MLFLOW_DISABLE_TELEMETRY"])
+    print(ray.get_runtime_context().get_node_id(), ray.get(task.remote()))
+"""
+    with cluster.shared() as environment:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [ray.get_runtime_context().get_node_id(), "true"], done.stderr
+    assert set(cluster.ENVIRONMENT) < set(environment)
+
+
+@pytest.mark.ray
+def test_processes_share_the_cpus_of_their_node(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cluster.smallest_node() == 4
+    assert [cluster.cpus_each(workers) for workers in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    monkeypatch.setenv(cluster.AT_ONCE, "2")  # beside another stage
+    assert [cluster.cpus_each(workers) for workers in (1, 2, 3)] == [2, 1, 1]
 
 
 @pytest.mark.ray

@@ -256,7 +256,9 @@ def test_positional_embeddings_go_with_the_group_that_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"pooling": p} for p in ("mean", "attention", "last")] + [{"text": "clip"}], ids=str
+    "options",
+    [{"pooling": p} for p in ("mean", "attention", "last")] + [{"text": text} for text in ("clip", "clip_state")],
+    ids=str,
 )
 def test_padding_changes_nothing(options: dict[str, Any]) -> None:
     text = small(**options).text
