@@ -225,7 +225,8 @@ def _full_place(where: str, rng: Random) -> str:
 def _with_article(noun: str, rng: Random) -> str:
     if rng.random() < 0.5:
         return f"the {noun}"
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    vowel = noun[0] in "aeiou" and not noun.startswith("one")
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def _slip(text: str, rng: Random) -> str:
