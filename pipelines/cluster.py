@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # A cluster that is large enough (check_resources) and busy is waited for.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -102,6 +104,13 @@ def at_once() -> int:
     return int(os.environ.get(AT_ONCE, "1"))
 
 
+def total_cpus() -> int:
+    """CPUs of the whole cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
 def smallest_node() -> int:
     """CPUs of the smallest node that has any."""
     import ray
@@ -131,17 +140,21 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
     """
     import ray
 
-    total = ray.cluster_resources()
+    wanted = {"CPU": workers * cpus, "GPU": workers * gpus}
+    total, free = ray.cluster_resources(), ray.available_resources()
     lacking = [
-        f"{workers} x {each} {name} wanted, the cluster has {total.get(name, 0):g}"
-        for name, each in (("CPU", cpus), ("GPU", gpus))
-        if workers * each > total.get(name, 0)
+        f"{workers} x {count // workers} {name} wanted, the cluster has {total.get(name, 0):g}"
+        for name, count in wanted.items()
+        if count > total.get(name, 0)
     ]
     if lacking:
         raise ClusterError(
             f"the cluster is too small: {'; '.join(lacking)}. "
             "Ask for less in the section `cluster` of params.yaml, or add nodes"
         )
+    for name, count in wanted.items():
+        if count > free.get(name, 0):
+            print(f"waiting for {count} {name}: {free.get(name, 0):g} of {total[name]:g} are free now", file=sys.stderr)
 
 
 def data() -> ModuleType:

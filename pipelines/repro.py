@@ -32,16 +32,21 @@ def main(
     ] = None,
 ) -> None:
     """Bring everything up to date that `dvc repro` would, with independent stages side by side."""
-    from ris_core.errors import ClusterError
+    from ris_core.errors import ClusterError, ConfigError
 
     stages = outdated()
     if not stages:
         typer.echo("everything is up to date")
         return
     with cluster.shared() as environment:
-        lanes = at_once or (1 if cluster.has_gpu("auto") else AT_ONCE)
-        cores = cluster.smallest_node()
-        environment |= {cluster.AT_ONCE: str(lanes), "OMP_NUM_THREADS": str(max(1, cores // lanes))}
+        most = cluster.total_cpus()
+        if at_once is not None and at_once > most:
+            raise ConfigError(
+                f"--at-once {at_once}: the cluster has {most} CPUs, and a stage needs one; use 1 to {most}"
+            )
+        lanes = at_once or (1 if cluster.has_gpu("auto") else min(AT_ONCE, most))
+        threads = max(1, cluster.smallest_node() // lanes)
+        environment |= {cluster.AT_ONCE: str(lanes), "OMP_NUM_THREADS": str(threads)}
         width = max(map(len, stages))
         failed = in_order(stages, lambda stage: reproduce(stage, width, environment), lanes)
     if failed:

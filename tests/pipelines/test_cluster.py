@@ -94,6 +94,19 @@ def test_more_than_the_cluster_has(ray_session: None) -> None:
 
 
 @pytest.mark.ray
+def test_a_busy_cluster_is_waited_for_aloud(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    cluster.check_resources(1, 4, 0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0})
+    cluster.check_resources(1, 4, 0)
+    assert capsys.readouterr().err == "waiting for 4 CPU: 3 of 4 are free now\n"
+
+
+@pytest.mark.ray
 def test_gpus_are_used_where_there_are_some(ray_session: None, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
