@@ -60,7 +60,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "gaussian": {"prior_target": "gaussian"},
         "stride_16": {"prior_stride": 16},
         "no_coordinates": {"coordinates": "none"},
-        "clip_state": {"text": "clip_state"},
+        "clip_state": {"text": "clip"},
         "oracle": {"prior": "none", "prior_weight": 0.0},  # what is told needs no locator
     },
 }

@@ -45,7 +45,7 @@ NOTICE = (
 )
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
-_OF_CLIP = ("clip", "clip_state")  # what a CLIP's text tower gives
+_OF_CLIP = ("clip", "clip_words")  # what a CLIP's text tower gives
 _CHOICES = {
     "text": ("gru", *_OF_CLIP),
     "word_vectors": ("learned", "clip"),
@@ -74,7 +74,9 @@ class LTSConfig:
 
     backbone: str = "darknet53"  # [unconfirmed] a timm model by name; or "clip": the visual tower of a ResNet CLIP
     pretrained: bool = False  # [chosen] the timm model's own weights, fetched or found in the cache
-    text: str = "gru"  # [stated] bidirectional GRU; or CLIP's text tower: "clip", "clip_state" without its words
+    text: str = (
+        "gru"  # [stated] bidirectional GRU; or CLIP's text tower: "clip", its state; "clip_words", words beside it
+    )
     word_vectors: str = (
         "learned"  # [chosen] of the GRU; or "clip": the CLIP's table (MCN: GloVe). Ids are CLIP's in both
     )
@@ -153,9 +155,7 @@ class LTS(nn.Module):
     def __init__(self, clip: CLIP | None, config: LTSConfig) -> None:
         super().__init__()
         self.locates = config.prior != "none"
-        uses = [
-            name for name in ("backbone", "text", "word_vectors") if getattr(config, name) in ("clip", "clip_state")
-        ]
+        uses = [name for name in ("backbone", "text", "word_vectors") if getattr(config, name) in _OF_CLIP]
         if uses and clip is None:
             raise ConfigError(f"LTS with {' and '.join(uses)} = clip needs a CLIP, got none")
         self.config = config
@@ -288,7 +288,7 @@ class LTS(nn.Module):
 
 def _sentence_encoder(clip: Any, config: LTSConfig) -> ClipSentence | GruSentence:
     if config.text in _OF_CLIP:
-        return ClipSentence(clip, with_words=config.text == "clip")
+        return ClipSentence(clip, with_words=config.text == "clip_words")
     learned = config.word_vectors == "learned"
     table = nn.Embedding(END_ID + 1, config.embedding_dim, padding_idx=0) if learned else clip.token_embedding
     return GruSentence(table, config.gru_dim, config.pooling)

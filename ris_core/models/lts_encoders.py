@@ -116,14 +116,15 @@ def _levels(name: str) -> list[int]:
 
 
 class ClipSentence(nn.Module):
-    """The text tower of a CLIP: its projected state at the end mark, not normalised, beside the sum of its word vectors.
+    """The text tower of a CLIP: its projected state at the end mark, not normalised.
 
-    The state says what tells captions apart, which words of place hardly do (benchmarks/ablations.py, "clip_state"). In the
-    sum, of vectors brought to one scale by a layer norm, every word weighs the same. Takes over the tower's modules and
-    parameters under their own names, without the visual tower and the temperature.
+    `with_words` sets the sum of the word vectors beside it, brought to one scale by a layer norm: there every word weighs
+    the same, whereas the state says what tells captions apart, which words of place hardly do (`benchmarks.ablations lts`,
+    "clip_state"). Takes over the tower's modules and parameters under their own names, without the visual tower and the
+    temperature.
     """
 
-    def __init__(self, clip: CLIP, with_words: bool = True) -> None:
+    def __init__(self, clip: CLIP, with_words: bool = False) -> None:
         super().__init__()
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding

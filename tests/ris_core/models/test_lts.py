@@ -257,7 +257,7 @@ def test_positional_embeddings_go_with_the_group_that_is_named() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"pooling": p} for p in ("mean", "attention", "last")] + [{"text": text} for text in ("clip", "clip_state")],
+    [{"pooling": p} for p in ("mean", "attention", "last")] + [{"text": text} for text in ("clip", "clip_words")],
     ids=str,
 )
 def test_padding_changes_nothing(options: dict[str, Any]) -> None:
@@ -270,7 +270,7 @@ def test_padding_changes_nothing(options: dict[str, Any]) -> None:
 
 
 def test_a_clips_sentence_is_its_state_beside_the_sum_of_its_words() -> None:
-    model = small(text="clip")
+    model = small(text="clip_words")
     state, words = model.text(TOKENS).split(
         [model.text.text_projection.shape[1], model.text.word_norm.weight.numel()], 1
     )
