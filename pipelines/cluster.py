@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # A cluster that is large enough (check_resources) and busy is waited for.
+    # A cluster that is large enough (check_resources) and busy is waited for, each time this long.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
@@ -105,26 +105,36 @@ def at_once() -> int:
 
 
 def total_cpus() -> int:
-    """CPUs of the whole cluster."""
+    """CPUs of the whole cluster. Raises ClusterError if it has none."""
     import ray
 
-    return int(ray.cluster_resources().get("CPU", 0))
+    found = int(ray.cluster_resources().get("CPU", 0))
+    if not found:
+        raise ClusterError("the cluster has no CPUs now: start a node that has some")
+    return found
 
 
-def smallest_node() -> int:
-    """CPUs of the smallest node that has any."""
+def cpus_each(workers: int, gpus: int) -> int:
+    """The most CPUs that `workers` processes with `gpus` GPUs each can all have, beside as many of other stages that run now.
+
+    1 where not even that fits.
+    """
+    wanted = workers * at_once()
+    most = max((int(cpus) for cpus, _ in _nodes()), default=1)
+    return next((cpus for cpus in range(most, 1, -1) if _room(cpus, gpus) >= wanted), 1)
+
+
+def _nodes() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each node."""
     import ray
 
-    return int(min(cpus for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU", 0))))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
 
 
-def cpus_each(workers: int) -> int:
-    """CPUs for each of `workers` processes spread evenly over the nodes, beside as many of other stages that run now."""
-    import ray
-
-    nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
-    together = -(-workers // nodes) * at_once()
-    return max(1, smallest_node() // together)
+def _room(cpus: int, gpus: int) -> int:
+    """How many processes of that size the cluster's nodes could hold."""
+    return sum(int(min(node[0] // cpus, node[1] // gpus) if gpus else node[0] // cpus) for node in _nodes())
 
 
 def _free_port() -> int:
@@ -147,6 +157,9 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
         for name, count in wanted.items()
         if count > total.get(name, 0)
     ]
+    if not lacking and _room(cpus, gpus) < workers:
+        nodes = ", ".join(f"{has[0]:g} CPU and {has[1]:g} GPU" for has in _nodes())
+        lacking = [f"{workers} x {cpus} CPU and {gpus} GPU wanted, each on one node; the nodes have {nodes}"]
     if lacking:
         raise ClusterError(
             f"the cluster is too small: {'; '.join(lacking)}. "

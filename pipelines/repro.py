@@ -2,18 +2,23 @@
 
 python -m pipelines.repro
 
-DVC itself runs one stage after the other, and each starts a Ray of its own. On few cores that is a third of the time: the
-start of a Ray, imports and small models leave a second core idle. DVC still says what depends on what and what is up to
-date, and records what was made: every stage is a `dvc repro --single-item` of its own.
+DVC itself runs one stage after the other, and each starts a Ray of its own: on few cores the second one idles through
+imports, starts and small models. DVC still says what depends on what and what is up to date, and records what was made:
+every stage is a `dvc repro --single-item` of its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from typing import Annotated
 
@@ -23,6 +28,7 @@ from pipelines import cluster
 from pipelines.stage import run
 
 AT_ONCE = 2  # stages, where they compute on CPUs
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(
@@ -45,10 +51,13 @@ def main(
                 f"--at-once {at_once}: the cluster has {most} CPUs, and a stage needs one; use 1 to {most}"
             )
         lanes = at_once or (1 if cluster.has_gpu("auto") else min(AT_ONCE, most))
-        threads = max(1, cluster.smallest_node() // lanes)
-        environment |= {cluster.AT_ONCE: str(lanes), "OMP_NUM_THREADS": str(threads)}
-        width = max(map(len, stages))
-        failed = in_order(stages, lambda stage: reproduce(stage, width, environment), lanes)
+        environment |= {cluster.AT_ONCE: str(lanes)}
+        if lanes > 1:  # what a stage computes outside Ray shares this machine's cores
+            threads = max(1, len(os.sched_getaffinity(0)) // lanes)
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+        with stopped_together() as children:
+            width = max(map(len, stages))
+            failed = in_order(stages, lambda stage: reproduce(stage, width, environment, children), lanes)
     if failed:
         raise ClusterError(
             f"{', '.join(failed)} failed, for the reason above. What was finished is kept: run this again to go on"
@@ -56,14 +65,16 @@ def main(
 
 
 def outdated() -> dict[str, list[str]]:
-    """Stages that DVC finds changed, and all that come after them; with each, those of them that it waits for."""
-    from dvc.repo import Repo
-
-    with Repo() as repo:
-        graph = repo.index.graph  # edges lead from a stage to what it depends on
-        changed = set(repo.status())
-        names = {stage: stage.addressing for stage in graph}
-        waits_for = {names[stage]: [names[other] for other in graph.successors(stage)] for stage in graph}
+    """Stages of dvc.yaml that DVC finds changed, and all that come after them; with each, those of them it waits for."""
+    waits_for: dict[str, list[str]] = {name: [] for name in dvc("stage", "list", "--name-only").split()}
+    for first, second in re.findall(r'^"(.+)" -> "(.+)";$', dvc("dag", "--dot"), re.MULTILINE):
+        if first in waits_for and second in waits_for:
+            waits_for[second].append(first)
+    # prepare.exclude_images_of reads datasets that DVC does not know of.
+    written = [name for name in waits_for if name.startswith("synthesize@")]
+    for name in [name for name in waits_for if name.startswith("prepare@")]:
+        waits_for[name] = sorted({*waits_for[name], *written})
+    changed = set(json.loads(dvc("status", "--json")))
     for stage in TopologicalSorter(waits_for).static_order():
         if changed.intersection(waits_for[stage]):
             changed.add(stage)
@@ -77,40 +88,78 @@ def outdated() -> dict[str, list[str]]:
 def in_order(stages: Mapping[str, Sequence[str]], work: Callable[[str], bool], at_once: int) -> list[str]:
     """Do `work` for every stage after those it waits for, at most `at_once` at a time; the stages whose work failed.
 
-    After a failure what is running ends, and nothing else begins.
+    After a failure, or an interruption, what is running ends, and nothing else begins.
     """
     order = TopologicalSorter(stages)
     order.prepare()
+    ready: deque[str] = deque()
     running: dict[Future[bool], str] = {}
     failed: list[str] = []
     with ThreadPoolExecutor(at_once) as lanes:
         while True:
-            if not failed:
-                running |= {lanes.submit(work, stage): stage for stage in order.get_ready()}
+            ready.extend(order.get_ready())
+            while ready and len(running) < at_once and not failed:
+                stage = ready.popleft()
+                running[lanes.submit(work, stage)] = stage
             if not running:
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 stage = running.pop(future)
-                if future.cancelled():
-                    continue
                 if future.result():
                     order.done(stage)
                 else:
                     failed.append(stage)
-                    for waiting in running:
-                        waiting.cancel()
 
 
-def reproduce(stage: str, width: int, environment: Mapping[str, str]) -> bool:
-    """One stage by DVC, every line it prints under its name; whether it succeeded."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+def reproduce(stage: str, width: int, environment: Mapping[str, str], children: set[subprocess.Popen[str]]) -> bool:
+    """One stage by DVC, every line it prints under its name; whether it succeeded. It is in `children` while it runs."""
     with subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        _dvc("repro", "--single-item", stage),
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # its own process group: `stopped_together` reaches DVC and the stage
     ) as process:
+        children.add(process)
         assert process.stdout is not None
         for line in process.stdout:
             print(f"{stage:{width}} | {line.rstrip()}", flush=True)
+    children.discard(process)
     return process.returncode == 0
+
+
+@contextmanager
+def stopped_together() -> Iterator[set[subprocess.Popen[str]]]:
+    """Inside the block, what ends this process (Ctrl-C, SIGTERM, a closed terminal) first interrupts the children given."""
+    children: set[subprocess.Popen[str]] = set()
+
+    def stop(number: int, frame: object) -> None:
+        for child in [child for child in children if child.poll() is None]:
+            os.killpg(child.pid, signal.SIGINT)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def dvc(*arguments: str) -> str:
+    """What a DVC command prints. Raises ConfigError with its message if it fails."""
+    from ris_core.errors import ConfigError
+
+    done = subprocess.run(_dvc(*arguments), capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode:
+        raise ConfigError(f"dvc {' '.join(arguments)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _dvc(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
 
 
 if __name__ == "__main__":

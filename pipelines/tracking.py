@@ -39,7 +39,7 @@ def _database(place: str) -> Path:
 
 
 def connect() -> MlflowClient:
-    """A client of the store, which is created and brought to its newest schema here, once, by the driver.
+    """A client of the store, which is created and brought to its newest schema here, by one driver at a time.
 
     Raises ClusterError when the store cannot be used, a server within seconds (MLflow's own default is minutes).
     """
@@ -59,11 +59,25 @@ def connect() -> MlflowClient:
 
     mlflow.set_tracking_uri(place)
     try:
-        client = mlflow.MlflowClient()
-        client.search_experiments(max_results=1)
+        with _alone(place):
+            client = mlflow.MlflowClient()
+            client.search_experiments(max_results=1)
     except (mlflow.MlflowException, SQLAlchemyError) as error:
         raise _unusable(place, error) from error
     return client
+
+
+@contextmanager
+def _alone(place: str) -> Iterator[None]:
+    """Inside the block no other process is, of those that use the same sqlite store: MLflow creates its tables unguarded."""
+    if not place.startswith(SQLITE):
+        yield
+        return
+    import fcntl
+
+    with _database(place).with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def _check_answers(server: str) -> None:

@@ -91,7 +91,7 @@ def fit(params: Params, system: str, dataset: str, stage: Stage, base: Path, nam
 
     place = params.cluster
     use_gpu = cluster.has_gpu(place.use_gpu)
-    cpus = place.cpus_per_worker or cluster.cpus_each(place.train_workers)
+    cpus = place.cpus_per_worker or cluster.cpus_each(place.train_workers, int(use_gpu))
     cluster.check_resources(place.train_workers, cpus, int(use_gpu))
     config = {
         "params": params,

@@ -42,8 +42,9 @@ def cost(
         proposals) is not among them.
     gflop_image, gflop_expression: 1e9 operations, two per multiply-add, of `set_image` and of `predict` with one
         expression (the mean over all). PyTorch's matrix products, convolutions and attention count, the rest does not.
-    ms_first: median milliseconds of `set_image` and one expression; ms_next: of one more about the same image. Over
-        `repeats`, which take the expressions in turn, after a warm-up; both include the work around the network.
+    ms_first: milliseconds of `set_image` and one expression; ms_next: of one more about the same image. The best of
+        `repeats`, which take the expressions in turn, after a warm-up, as other work may go on beside this; both include
+        the work around the network.
     device: "cpu, 2 threads", or the GPU's name. gflop_per_s_matmul: its best rate in float32 matrix products.
     floor_ms_first: milliseconds of a first answer's operations at that rate. Not quite a bound on a GPU, where cuDNN may
         run convolutions in TF32.
@@ -53,7 +54,7 @@ def cost(
     if isinstance(expressions, str) or not len(expressions):
         raise DataError(f"cost needs a list of at least one expression to ask; got {expressions!r}")
     if repeats < 1:
-        raise DataError(f"cost cannot take the median of {repeats} repeats: use 1 or more")
+        raise DataError(f"cost cannot take the best of {repeats} repeats: use 1 or more")
     device = _device(predictor.model)
     image, expression = _operations(predictor, rgb, expressions)
     first, following = _waits(predictor, rgb, expressions, repeats, device)
@@ -63,8 +64,8 @@ def cost(
         "trained_parameters": trained_parameters(predictor.model),
         "gflop_image": image / 1e9,
         "gflop_expression": expression / 1e9,
-        "ms_first": 1e3 * statistics.median(first),
-        "ms_next": 1e3 * statistics.median(following),
+        "ms_first": 1e3 * min(first),
+        "ms_next": 1e3 * min(following),
         "device": device_name(device),
         "gflop_per_s_matmul": rate / 1e9,
         "floor_ms_first": 1e3 * (image + expression) / rate,

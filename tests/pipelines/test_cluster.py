@@ -78,12 +78,38 @@ with cluster.connected():
     assert set(cluster.ENVIRONMENT) < set(environment)
 
 
-@pytest.mark.ray
-def test_processes_share_the_cpus_of_their_node(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cluster.smallest_node() == 4
-    assert [cluster.cpus_each(workers) for workers in (1, 2, 3, 8)] == [4, 2, 1, 1]
+def nodes(monkeypatch: pytest.MonkeyPatch, *sizes: tuple[int, int]) -> None:
+    """A cluster with nodes of these CPUs and GPUs."""
+    import ray
+
+    found = [{"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}} for cpus, gpus in sizes]
+    dead = {"Alive": False, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, dead])
+    total = {"CPU": float(sum(size[0] for size in sizes)), "GPU": float(sum(size[1] for size in sizes))}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(ray, "available_resources", lambda: total)
+
+
+def test_processes_share_the_cpus_of_the_nodes_that_can_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, (4, 0))
+    assert [cluster.cpus_each(workers, 0) for workers in (1, 2, 3, 8)] == [4, 2, 1, 1]
     monkeypatch.setenv(cluster.AT_ONCE, "2")  # beside another stage
-    assert [cluster.cpus_each(workers) for workers in (1, 2, 3)] == [2, 1, 1]
+    assert [cluster.cpus_each(workers, 0) for workers in (1, 2, 3)] == [2, 1, 1]
+    monkeypatch.delenv(cluster.AT_ONCE)
+    nodes(monkeypatch, (16, 4), (16, 0))
+    assert [cluster.cpus_each(workers, 1) for workers in (1, 2, 4, 5)] == [16, 8, 4, 1]
+    assert cluster.cpus_each(2, 0) == 16
+    nodes(monkeypatch, (2, 0), (64, 8))  # a small head does not make the workers small
+    assert cluster.cpus_each(8, 1) == 8
+
+
+def test_processes_that_fit_in_sum_and_on_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, (4, 1), (4, 0))
+    cluster.check_resources(1, 4, 1)
+    with pytest.raises(
+        ClusterError, match="1 x 6 CPU and 0 GPU wanted, each on one node; the nodes have 4 CPU and 1 GPU, 4 CPU"
+    ):
+        cluster.check_resources(1, 6, 0)
 
 
 @pytest.mark.ray
@@ -93,12 +119,12 @@ def test_more_than_the_cluster_has(ray_session: None) -> None:
         cluster.check_resources(5, 1, 0)
 
 
-@pytest.mark.ray
 def test_a_busy_cluster_is_waited_for_aloud(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ray
 
+    nodes(monkeypatch, (4, 0))
     cluster.check_resources(1, 4, 0)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0})

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipelines.repro import in_order, outdated, reproduce
+from ris_core.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 STAGES = {"data": [], "clip": ["data"], "shards": ["data"], "train": ["clip", "shards"], "report": ["train"]}
 
 
@@ -58,8 +63,20 @@ def test_after_a_failure_nothing_begins_and_what_runs_ends() -> None:
         return True
 
     assert in_order({**STAGES, "more": ["data"], "most": ["shards"]}, work, 2) == ["clip"]
-    assert ended[:2] == ["data", "shards"]
-    assert not {"train", "report", "most"} & set(begun)
+    assert begun == ["data", "clip", "shards"]
+    assert ended == ["data", "shards"]
+
+
+def test_after_an_interruption_nothing_begins() -> None:
+    begun: list[str] = []
+
+    def work(stage: str) -> bool:
+        begun.append(stage)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_order({"a": [], "b": [], "c": []}, work, 1)
+    assert begun == ["a"]
 
 
 @pytest.fixture
@@ -89,17 +106,47 @@ def dvc(*arguments: str) -> str:
 def test_dvc_takes_stages_side_by_side_and_finds_them_up_to_date(
     repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert outdated() == {"a": [], "b": [], "c": ["a", "b"]}
-    assert in_order(outdated(), lambda stage: reproduce(stage, 1, {"NAME": "x"}), 2) == []
+    (repository / "other.dvc").write_text(
+        "outs: [{path: other, md5: d41d8cd98f00b204e9800998ecf8427e, hash: md5, size: 0}]\n"
+    )
+    assert outdated() == {"a": [], "b": [], "c": ["a", "b"]}  # and not what lies beside dvc.yaml
+    assert in_order(outdated(), lambda stage: reproduce(stage, 1, {"NAME": "x"}, set()), 2) == []
     assert (repository / "c").read_text() == "1\n1\n"
     assert "c | > cat a b > c" in capfd.readouterr().out
     assert outdated() == {}
-    assert "up to date" in dvc("status")
     (repository / "a").unlink()
     assert outdated() == {"a": [], "c": ["a"]}
 
 
 def test_a_stage_that_fails_says_why(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (repository / "in").unlink()
-    assert not reproduce("a", 1, {})
+    assert not reproduce("a", 1, {}, set())
     assert "a | ERROR: failed to reproduce 'a'" in capfd.readouterr().out
+
+
+def test_what_dvc_cannot_read_is_told_as_its_message(repository: Path) -> None:
+    (repository / "dvc.yaml").write_text("stages: [")
+    with pytest.raises(ConfigError, match=r"dvc stage list --name-only failed: './dvc\.yaml' is invalid"):
+        outdated()
+
+
+def test_a_stopped_run_takes_its_stages_with_it(repository: Path) -> None:
+    """SIGTERM to the parent alone: the stage ends, DVC's lock is free, and another run goes on."""
+    (repository / "dvc.yaml").write_text(
+        "stages: {a: {cmd: 'echo $$ > pid; exec sleep 300', deps: [in], outs: [a]}, b: {cmd: 'touch b', outs: [b]}}"
+    )
+    code = (
+        "from pipelines.repro import *\n"
+        "with stopped_together() as children: in_order({'a': [], 'b': []}, lambda s: reproduce(s, 1, {}, children), 1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        for _ in range(600):
+            if (repository / "pid").exists() and (repository / "pid").read_text().strip():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((repository / "pid").read_text()), 0)
+    assert not (repository / "b").exists()
+    assert set(outdated()) == {"a", "b"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -190,3 +192,16 @@ def test_the_code_version_is_that_of_the_sources(tmp_path: Path, monkeypatch: py
 
 def test_flat_names() -> None:
     assert tracking.flat({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+def test_processes_that_meet_at_a_new_store_wait_for_each_other(tmp_path: Path) -> None:
+    """Stages side by side: MLflow itself would create the same tables twice."""
+    code = "from pipelines import tracking; tracking.connect()"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    command = [sys.executable, "-c", code]
+    drivers = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(3)
+    ]
+    printed = [driver.communicate(timeout=180)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0, 0], "\n".join(printed)
