@@ -83,7 +83,8 @@ risclip:
   initialise: {{lr: 5.0e-3, ema_decay: 0.5, loss: &loss {{bce_weight: 0.0, focal_weight: 1.75, dice_weight: 1.0}}}}
   train: {{ema_decay: 0.5, loss: *loss}}
 lts:
-  model: {{backbone: clip, text: clip_words, fusion_dim: 16, dim: 16, head_dim: 16, aspp_rates: [2], freeze_token_embedding: true}}
+  model:
+    {{backbone: clip, text: clip_words, freeze_token_embedding: true, fusion_dim: 16, dim: 16, head_dim: 16, aspp_rates: [2]}}
 global_local:
   model: {{short_side: 64, norm_stats: clip, fill: zero, box_mode: tight, noun_phrase: rules}}
 evaluate: {{bootstrap_samples: 50, images_per_batch: 4}}
