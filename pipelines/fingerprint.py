@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ SOURCES = (
 def code_version() -> str:
     """Digest of `SOURCES` (code and model configs); independent of where the repository lies."""
     root = Path(ris_core.__file__).parent.parent
+    return _digest(root, [root / package for package in SOURCES])
+
+
+def _digest(root: Path, places: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for package in SOURCES:
-        for source in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".json")):
+    for place in places:
+        sources = [path for path in place.rglob("*") if path.suffix in (".py", ".json")] if place.is_dir() else [place]
+        for source in sorted(sources):
             digest.update(source.relative_to(root).as_posix().encode())
             digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def served_code() -> str:
+    """Digest of the code that travels with a registered model: all of the library, and the model around it."""
+    root = Path(ris_core.__file__).parent.parent
+    return _digest(root, [root / "ris_core", root / "pipelines" / "serving_model.py"])
 
 
 def file_digest(path: Path) -> str:

@@ -43,6 +43,7 @@ def main(
         "metric": chosen.metric,
         "score": f"{score:.5f}",
         "git_commit": fingerprint.git_commit(),
+        "code_digest": fingerprint.served_code(),
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
         "config_digest": info["config_digest"],

@@ -3,58 +3,99 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
+
+COLUMNS = ("counts", "height", "width", "score")
+EXPRESSIONS_AT_ONCE = 64  # about one image: bounds memory
 
 
 class RISModel(PythonModel):
     """image + expression -> mask as COCO RLE + score.
 
-    Input: a data frame with the columns `image` (base64 of an encoded image; raw bytes; an array uint8 (H, W, 3); or, with
-    the parameter allow_paths, a file path) and `text`. Output, one row per input: `counts`, `height`, `width` (compressed
-    COCO RLE at the image's own size) and `score` (how sure the system is, 0 for an empty mask).
-    Parameters: `threshold` (default 0.5), `allow_paths` (default false: a served model must not read files for clients).
+    Input: a data frame with the columns `image` (base64 of an encoded image; raw bytes; or an array uint8 (H, W, 3)) and
+    `text`. Output, one row per input: `counts`, `height`, `width` (compressed COCO RLE at the image's own size) and `score`
+    (how sure the system is, 0 for an empty mask). Parameter: `threshold` (default 0.5).
+
+    Equal images of a request are encoded once, wherever they stand in it, and nothing of a request outlives it: servers
+    call `predict` from several threads. `image` may also be a file's path where whoever loads the model says so, in
+    process: `mlflow.pyfunc.load_model(uri, model_config={"allow_paths": True})`. A client never can.
+
+    Raises DataError, naming all rows that cannot be answered.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         from ris_core.predictor import RISPredictor
 
         self.predictor = RISPredictor.from_folder(context.artifacts["model"])
+        self.allow_paths = bool((context.model_config or {}).get("allow_paths", False))
 
     def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None
     ) -> pd.DataFrame:
-        options = {"threshold": 0.5, "allow_paths": False, **(params or {})}
-        rows: list[dict[str, Any]] = []
-        previous: Any = None
-        for image, text in zip(model_input["image"], model_input["text"], strict=True):
-            if image is not previous:  # consecutive rows about one image share its encoding
-                self.predictor.set_image(self._image(image, bool(options["allow_paths"])))
-                previous = image
-            (prediction,) = self.predictor.predict([text], threshold=float(options["threshold"]))
-            rle = prediction.rle
-            height, width = rle["size"]
-            rows.append({"counts": rle["counts"], "height": height, "width": width, "score": prediction.score})
-        return pd.DataFrame(rows, columns=["counts", "height", "width", "score"])
+        from ris_core.errors import DataError, list_problems
 
-    @staticmethod
-    def _image(image: Any, allow_paths: bool) -> Any:
+        threshold = float((params or {}).get("threshold", 0.5))
+        images, texts = list(model_input["image"]), list(model_input["text"])
+        rows_of: dict[Hashable, list[int]] = {}
+        for row, image in enumerate(images):
+            rows_of.setdefault(_identity(image), []).append(row)
+        problems = {
+            row: f"row {row}: the text must not be blank; got {text!r}"
+            for row, text in enumerate(texts)
+            if not isinstance(text, str) or not text.strip()
+        }
+        answers: dict[int, dict[str, Any]] = {}
+        for rows in rows_of.values():
+            try:
+                encoded = self.predictor.encode(self._image(images[rows[0]]))
+            except DataError as error:
+                problems |= {row: f"row {row}: {error}" for row in rows}
+                continue
+            for start in range(0, 0 if problems else len(rows), EXPRESSIONS_AT_ONCE):
+                some = rows[start : start + EXPRESSIONS_AT_ONCE]
+                found = self.predictor.answer(encoded, [texts[row] for row in some], threshold)
+                answers |= {row: _plain(prediction) for row, prediction in zip(some, found, strict=True)}
+        if problems:
+            raise DataError(
+                list_problems("this request cannot be answered", [problems[row] for row in sorted(problems)])
+            )
+        return pd.DataFrame([answers[row] for row in range(len(images))], columns=list(COLUMNS))
+
+    def _image(self, image: Any) -> Any:
+        """What the predictor takes. Raises DataError for a text that is not base64, nor the path of a file if allowed."""
         from ris_core.errors import DataError
 
-        if not isinstance(image, str) or (allow_paths and os.path.isfile(image)):
+        if not isinstance(image, str) or (self.allow_paths and os.path.isfile(image)):
             return image
         try:
             return base64.b64decode(image, validate=True)
         except ValueError:
-            if allow_paths:  # then it was meant as one, and the predictor says that there is no such file
+            if self.allow_paths:  # then it was meant as one, and the predictor says that there is no such file
                 return image
-            raise DataError(
-                f"the image text {image[:40]!r} is not base64; file paths are read only with params={{'allow_paths': True}}"
-            ) from None
+            raise DataError(f"the image text {image[:40]!r} is not base64 of an encoded image") from None
+
+
+def _identity(image: Any) -> Hashable:
+    """Equal for equal images of one request."""
+    if isinstance(image, str | bytes):
+        return image
+    if isinstance(image, np.ndarray):
+        return image.shape, image.dtype.str, hashlib.sha256(np.ascontiguousarray(image)).digest()
+    return id(image)
+
+
+def _plain(prediction: Any) -> dict[str, Any]:
+    rle = prediction.rle
+    height, width = rle["size"]
+    return {"counts": rle["counts"], "height": height, "width": width, "score": prediction.score}
 
 
 mlflow.models.set_model(RISModel())

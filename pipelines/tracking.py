@@ -233,8 +233,8 @@ def register_model(
 ) -> str:
     """Log a model folder as a pyfunc model of the run, with signature and input example, and register it; its version.
 
-    `notice` becomes the description of the version. One with the same weights, configuration, data and score (by its
-    tags) is not registered twice.
+    `notice` becomes the description of the version. One with the same weights, configuration, data, score and code (by
+    its tags) is not registered twice.
     """
     import base64
     import io
@@ -248,7 +248,7 @@ def register_model(
 
     client = connect()
     same = client.search_model_versions(f"name = '{name}'")
-    alike = ("weights_sha256", "clip_digest", "config_digest", "data_digest", "score")
+    alike = ("weights_sha256", "clip_digest", "config_digest", "data_digest", "code_digest", "score")
     for version in same:
         if all(version.tags.get(key) == tags[key] for key in alike):
             return str(version.version)
@@ -273,8 +273,9 @@ def register_model(
                         ColSpec("double", "score"),
                     ]
                 ),
-                params=ParamSchema([ParamSpec("threshold", "double", 0.5), ParamSpec("allow_paths", "boolean", False)]),
+                params=ParamSchema([ParamSpec("threshold", "double", 0.5)]),
             ),
+            model_config={"allow_paths": False},  # who loads the model in process may set it, a client may not
             input_example=example,
             pip_requirements=requirements(),
         )

@@ -1,8 +1,10 @@
 """Image and expression in, mask out: what a downstream team uses.
 
 predictor = RISPredictor.from_folder("models/cris-shapes")
-predictor.set_image("street.jpg")
-mask = predictor.predict(["the man in the red cap"])[0].mask
+street = predictor.encode("street.jpg")
+mask = predictor.answer(street, ["the man in the red cap"])[0].mask
+
+A predictor keeps nothing of what it is asked, so that threads can share it: what is known of an image is the caller's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import nn
 from ris_core.data import masks
 from ris_core.data.letterbox import Mode, letterbox_image, unletterbox
 from ris_core.data.text import encode, pad_tokens
-from ris_core.errors import DataError
+from ris_core.errors import ConfigError, DataError
 from ris_core.models.choice import choose
 from ris_core.models.clip import normalise
 from ris_core.models.proposals import proposal_options, proposer
@@ -50,12 +52,29 @@ class Prediction:
         return {"size": list(self.mask.shape), "counts": masks.encode(self.mask)}
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """What a system knows of one image before it hears an expression; it stays valid whatever else is encoded.
+
+    height, width: of the image itself. features: the system's own. proposals: bool (P, H, W), of one that chooses.
+    """
+
+    height: int
+    width: int
+    features: Any
+    proposals: np.ndarray | None = None
+
+
 class RISPredictor(ABC):
-    """Encodes an image once (`set_image`), then answers any number of expressions about it (`predict`)."""
+    """Encodes an image once (`encode`), then answers any number of expressions about it (`answer`).
+
+    `set_image` and `predict` are the same for one person in a notebook: the predictor remembers the image last set, so
+    they are not for threads.
+    """
 
     def __init__(self, model: nn.Module, threshold: float = 0.5):
-        self.model, self.threshold = model.eval(), threshold
-        self._features: Any = None
+        self.model, self.threshold = model.eval(), check_threshold(threshold)
+        self._image: EncodedImage | None = None
 
     @staticmethod
     def from_folder(folder: str | Path, device: str = "cpu", threshold: float = 0.5) -> RISPredictor:
@@ -69,28 +88,41 @@ class RISPredictor(ABC):
         return ProposalPredictor(model, proposer(proposal_options(info["proposals"]), device))
 
     @torch.inference_mode()
-    def set_image(self, image: ImageLike) -> None:
+    def encode(self, image: ImageLike) -> EncodedImage:
         """Take a path, encoded bytes, a PIL image, or an RGB array uint8 (H, W, 3). Raises DataError otherwise."""
-        self._features = None  # an image that cannot be read must not leave the one before it to be asked about
-        self._features = self._encode(read_image(image))
+        return self._encode(read_image(image))
 
     @torch.inference_mode()
-    def predict(self, expressions: Sequence[str], threshold: float | None = None) -> list[Prediction]:
-        """One prediction per expression about the image last set. Raises DataError without an image or with a blank text."""
-        if self._features is None:
-            raise DataError("no image is set: call set_image(...) before predict(...)")
+    def answer(
+        self, encoded: EncodedImage, expressions: Sequence[str], threshold: float | None = None
+    ) -> list[Prediction]:
+        """One prediction per expression about an encoded image.
+
+        Raises DataError for a blank text, ConfigError for a threshold that is no number from 0 to 1.
+        """
         blank = [i for i, text in enumerate(expressions) if not isinstance(text, str) or not text.strip()]
         if blank or isinstance(expressions, str) or not len(expressions):
             raise DataError(f"expressions must be a list of non-blank texts; got {expressions!r}")
-        return self._answer(expressions, self.threshold if threshold is None else threshold)
+        return self._answer(encoded, expressions, self.threshold if threshold is None else check_threshold(threshold))
+
+    def set_image(self, image: ImageLike) -> None:
+        """Encode an image and remember it for `predict`. Raises as `encode` does, and then remembers none."""
+        self._image = None  # an image that cannot be read must not leave the one before it to be asked about
+        self._image = self.encode(image)
+
+    def predict(self, expressions: Sequence[str], threshold: float | None = None) -> list[Prediction]:
+        """`answer` about the image last set. Raises DataError without one, and as `answer` does."""
+        if self._image is None:
+            raise DataError("no image is set: call set_image(...) before predict(...)")
+        return self.answer(self._image, expressions, threshold)
 
     @abstractmethod
-    def _encode(self, rgb: np.ndarray) -> Any:
+    def _encode(self, rgb: np.ndarray) -> EncodedImage:
         """What needs no text, of an image uint8 (H, W, 3)."""
 
     @abstractmethod
-    def _answer(self, expressions: Sequence[str], threshold: float) -> list[Prediction]:
-        """Predictions from what `_encode` left in `_features`."""
+    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], threshold: float) -> list[Prediction]:
+        """Predictions from what `_encode` returned."""
 
 
 class MapPredictor(RISPredictor):
@@ -105,21 +137,20 @@ class MapPredictor(RISPredictor):
         super().__init__(model, threshold)
         self.image_size, self.word_len, self.resample = image_size, word_len, resample
         self.device = next(model.parameters()).device
-        self._size = (0, 0)
 
-    def _encode(self, rgb: np.ndarray) -> Any:
-        self._size = (rgb.shape[0], rgb.shape[1])
+    def _encode(self, rgb: np.ndarray) -> EncodedImage:
         pixels = torch.from_numpy(letterbox_image(rgb, self.image_size, self.resample)).to(self.device)
-        return self.model.encode_image(normalise(pixels.permute(2, 0, 1)[None]))  # type: ignore[operator]
+        features = self.model.encode_image(normalise(pixels.permute(2, 0, 1)[None]))  # type: ignore[operator]
+        return EncodedImage(rgb.shape[0], rgb.shape[1], features)
 
-    def _answer(self, expressions: Sequence[str], threshold: float) -> list[Prediction]:
+    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], threshold: float) -> list[Prediction]:
         tokens = torch.from_numpy(np.stack([pad_tokens(encode(text), self.word_len) for text in expressions]))
         index = torch.zeros(len(tokens), dtype=torch.long, device=self.device)
-        inputs = (self._features, tokens.to(self.device), index)
-        full = self._original(self.model.segment(*inputs))  # type: ignore[operator]
+        inputs = (encoded.features, tokens.to(self.device), index)
+        full = self._original(self.model.segment(*inputs), encoded)  # type: ignore[operator]
         located = [None] * len(full)
         if locates(self.model):
-            located = list(self._original(upsampled_map(self.model, inputs, self.image_size)))
+            located = list(self._original(upsampled_map(self.model, inputs, self.image_size), encoded))
         predictions = []
         for probability, location in zip(full, located, strict=True):
             mask = probability > threshold
@@ -127,10 +158,11 @@ class MapPredictor(RISPredictor):
             predictions.append(Prediction(mask, score, probability, location))
         return predictions
 
-    def _original(self, logits: torch.Tensor) -> np.ndarray:
+    def _original(self, logits: torch.Tensor, encoded: EncodedImage) -> np.ndarray:
         """Logits (N, 1, h, w) -> probabilities float (N, H, W) at the image's own size."""
+        size = (encoded.height, encoded.width)
         probabilities = logits.float().sigmoid()[:, 0]
-        return unletterbox(probabilities, *self._size, self.image_size, self.resample, "grid").cpu().numpy()
+        return unletterbox(probabilities, *size, self.image_size, self.resample, "grid").cpu().numpy()
 
 
 class ProposalPredictor(RISPredictor):
@@ -144,18 +176,26 @@ class ProposalPredictor(RISPredictor):
         super().__init__(model)
         self.propose = propose
 
-    def _encode(self, rgb: np.ndarray) -> Any:
+    def _encode(self, rgb: np.ndarray) -> EncodedImage:
         proposals = self.propose(rgb)
-        return proposals, self.model.encode_proposals(rgb, proposals)  # type: ignore[operator]
+        features = self.model.encode_proposals(rgb, proposals)  # type: ignore[operator]
+        return EncodedImage(rgb.shape[0], rgb.shape[1], features, proposals)
 
-    def _answer(self, expressions: Sequence[str], threshold: float) -> list[Prediction]:
-        proposals, features = self._features
-        scores = self.model.score(features, expressions).float()  # type: ignore[operator]
-        choice = choose(torch.from_numpy(proposals).to(scores.device), scores)
+    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], threshold: float) -> list[Prediction]:
+        assert encoded.proposals is not None
+        scores = self.model.score(encoded.features, expressions).float()  # type: ignore[operator]
+        choice = choose(torch.from_numpy(encoded.proposals).to(scores.device), scores)
         return [
             Prediction(mask, float(share), mask * np.float32(share), relevance)
             for mask, share, relevance in zip(*(part.cpu().numpy() for part in choice), strict=True)
         ]
+
+
+def check_threshold(threshold: float) -> float:
+    """The threshold. Raises ConfigError unless it is a number from 0 to 1, as probabilities are."""
+    if not 0 <= threshold <= 1:  # so written, not-a-number is outside
+        raise ConfigError(f"the threshold is {threshold}: a probability is compared with it, use 0 to 1")
+    return threshold
 
 
 def read_image(image: ImageLike) -> np.ndarray:

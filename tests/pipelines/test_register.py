@@ -103,6 +103,7 @@ def test_a_version_carries_its_lineage(
     scored = {"protocol": "ours", "split": "val", "metric": "mIoU", "score": "0.41000"}
     assert version.tags == scored | {
         "git_commit": "abc",
+        "code_digest": fingerprint.served_code(),
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
         "config_digest": info["config_digest"],
@@ -161,17 +162,18 @@ import mlflow, numpy as np, pandas as pd
 
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/ris-cris-shapes@champion")
+opened = mlflow.pyfunc.load_model("models:/ris-cris-shapes@champion", model_config={"allow_paths": True})
 path = sys.argv[2]
 content = Path(path).read_bytes()
 text = base64.b64encode(content).decode()
 pixels = np.load(sys.argv[3])
 
-def answer(images, texts, **params):
+def answer(images, texts, model=model, **params):
     return model.predict(pd.DataFrame({"image": images, "text": texts}), params=params or None).to_dict("records")
 
-def refusal(images, texts, **params):
+def refusal(images, texts, model=model, **params):
     try:
-        answer(images, texts, **params)
+        answer(images, texts, model, **params)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -180,11 +182,13 @@ print(json.dumps({
     "two": answer([text, text], ["the red star", "the big circle"]),
     "bytes": answer([content], ["the red star"]),
     "array": answer([pixels], ["the red star"]),
-    "path": answer([path], ["the red star"], allow_paths=True),
+    "path": opened.predict(pd.DataFrame({"image": [path], "text": ["the red star"]})).to_dict("records"),
     "threshold": answer([text], ["the red star"], threshold=0.52),
     "path_refused": refusal([path], ["the red star"]),
     "accents": refusal(["stra\\u00dfe.jpg"], ["the red star"]),
-    "no_path": refusal(["no/where.png"], ["the red star"], allow_paths=True),
+    "path_asked_for": refusal([path], ["the red star"], allow_paths=True),
+    "no_path": refusal(["no/where.png"], ["the red star"], model=opened),
+    "all_rows": refusal([text, "x y", text, None], ["the red star", "left", " ", "left"]),
     "no_image": refusal([base64.b64encode(b"no picture").decode()], ["the red star"]),
     "blank": refusal([text], ["  "]),
     "code": ris_core.__file__,
@@ -241,12 +245,14 @@ def test_the_champion_answers_in_a_clean_process(served: Served) -> None:
         assert answers[given] == answers["two"][:1], given
     (stricter,) = answers["threshold"]
     assert stricter["counts"] == served.expected("the red star", 0.52)["counts"] != star["counts"]
-    assert answers["path_refused"].startswith("DataError: the image text ")
-    assert "file paths are read only with params={'allow_paths': True}" in answers["path_refused"]
-    assert answers["accents"].startswith("DataError: the image text 'straße.jpg' is not base64")
-    assert answers["no_path"] == "DataError: no image at no/where.png"
-    assert answers["no_image"].startswith("DataError: 10 bytes: not an image that can be decoded")
-    assert answers["blank"].startswith("DataError: expressions must be a list of non-blank texts")
+    refusal = "DataError: this request cannot be answered (1 problem):\n  - row 0: "
+    assert answers["path_refused"].startswith(f"{refusal}the image text ")
+    assert answers["path_asked_for"] is None or answers["path_asked_for"].startswith(f"{refusal}the image text ")
+    assert answers["accents"].startswith(f"{refusal}the image text 'straße.jpg' is not base64")
+    assert answers["no_path"] == f"{refusal}no image at no/where.png"
+    assert answers["no_image"].startswith(f"{refusal}10 bytes: not an image that can be decoded")
+    assert answers["blank"] == f"{refusal}the text must not be blank; got '  '"
+    assert [line[:9] for line in answers["all_rows"].splitlines()[1:]] == ["  - row 1", "  - row 2", "  - row 3"]
 
 
 def test_a_registered_model_is_a_model_folder_too(workplace: Workplace, store: Path) -> None:
@@ -289,6 +295,20 @@ def test_a_zero_shot_system_answers_from_the_registry(workplace: Workplace, stor
         assert masks.encode(prediction.mask) == row["counts"]
         assert row["score"] == pytest.approx(prediction.score, abs=1e-5)
         assert prediction.mask.any()
+
+
+def test_other_code_is_another_version_and_is_shipped(
+    workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated(workplace)
+    register.main("cris", "shapes")
+    monkeypatch.setattr(fingerprint, "served_code", lambda: "other")
+    register.main("cris", "shapes")
+    versions = tracking.connect().search_model_versions(f"name = '{NAME}'")
+    assert sorted((version.version, version.tags["code_digest"] == "other") for version in versions) == [
+        (1, False),
+        (2, True),
+    ]
 
 
 @pytest.mark.parametrize("digest", ["clip_digest", "config_digest", "data_digest"])

@@ -127,7 +127,7 @@ def test_the_threshold_can_be_chosen(folder: Path, predictor: RISPredictor, pict
     (low,), (high,) = predictor.predict(TEXTS[:1], threshold=0.2), predictor.predict(TEXTS[:1], threshold=0.8)
     assert (low.mask == (low.probability > 0.2)).all()
     assert low.mask.sum() > high.mask.sum()
-    (nothing,) = predictor.predict(TEXTS[:1], threshold=2.0)
+    (nothing,) = predictor.predict(TEXTS[:1], threshold=1.0)
     assert (nothing.mask.any(), nothing.score) == (False, 0.0)
     own = RISPredictor.from_folder(folder, threshold=0.2)
     own.set_image(picture)
