@@ -31,7 +31,7 @@ class ClusterError(RISError, RuntimeError):
 
 
 def list_problems(title: str, problems: Sequence[str], remedy: str = "") -> str:
-    """One message for many problems: a title with the count, the first 20, how many more, and what to do."""
+    """Write one message for many problems: a title with the count, the first 20, how many more, and what to do."""
     lines = [f"{title} ({len(problems)} problem{'s' if len(problems) != 1 else ''}):"]
     lines += [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:

@@ -9,28 +9,27 @@ A predictor keeps nothing of what it is asked, so that threads can share it: wha
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 
 from ris_core.data import masks
-from ris_core.data.letterbox import Mode, letterbox_image, unletterbox
-from ris_core.data.text import encode, pad_tokens
-from ris_core.errors import ConfigError, DataError
-from ris_core.models.choice import choose
+from ris_core.data.images import ImageLike, read_image
+from ris_core.data.letterbox import Mode, letterbox_image
+from ris_core.device import autocast, best_device
+from ris_core.errors import DataError, WeightsError
+from ris_core.models.answer import Frame, Reading, choose, read_map, resized, smoothly_resized
 from ris_core.models.clip import normalise
+from ris_core.models.contract import MapSystem, ProposalSystem, System
 from ris_core.models.proposals import proposal_options, proposer
-from ris_core.models.systems import load_model, locates, trains, upsampled_map
+from ris_core.models.registry import load_model
 
-ImageLike = str | Path | bytes | np.ndarray | Image.Image
+Features = TypeVar("Features")
 
 
 @dataclass(frozen=True)
@@ -38,22 +37,26 @@ class Prediction:
     """One answer. mask: bool (H, W) at the image's own size; score: how sure the system is, 0 for an empty mask.
 
     probability: float (H, W), of each pixel. location: float (H, W), where the system looked: the coarse map of one that has
-    one (LTS' position prior, RISCLIP's patch-level map), the relevance of proposals of one that chooses among them.
+    one (LTS' position prior, RISCLIP's patch-level map), the relevance of proposals of one that chooses among them. cut:
+    whether the expression was longer than the system reads, and its end not heard.
+
+    H and W are the reading's resolution where that is not the image's own.
     """
 
     mask: np.ndarray
     score: float
     probability: np.ndarray
     location: np.ndarray | None = None
+    cut: bool = False
 
     @property
     def rle(self) -> dict[str, Any]:
-        """COCO compressed RLE: {"size": [H, W], "counts": ascii}."""
+        """Give COCO compressed RLE: {"size": [H, W], "counts": ascii}."""
         return {"size": list(self.mask.shape), "counts": masks.encode(self.mask)}
 
 
 @dataclass(frozen=True)
-class EncodedImage:
+class EncodedImage(Generic[Features]):
     """What a system knows of one image before it hears an expression; it stays valid whatever else is encoded.
 
     height, width: of the image itself. features: the system's own. proposals: bool (P, H, W), of one that chooses.
@@ -61,7 +64,7 @@ class EncodedImage:
 
     height: int
     width: int
-    features: Any
+    features: Features
     proposals: np.ndarray | None = None
 
 
@@ -72,20 +75,42 @@ class RISPredictor(ABC):
     they are not for threads.
     """
 
-    def __init__(self, model: nn.Module, threshold: float = 0.5):
-        self.model, self.threshold = model.eval(), check_threshold(threshold)
+    def __init__(self, model: System, reading: Reading, most_tokens: int):
+        self.model, self.reading, self.most_tokens = model.eval(), reading, most_tokens
+        self.device = next(model.parameters()).device
         self._image: EncodedImage | None = None
 
     @staticmethod
-    def from_folder(folder: str | Path, device: str = "cpu", threshold: float = 0.5) -> RISPredictor:
-        """Load a model (`model.json`, `model.safetensors`). Raises WeightsError if it is not one.
+    def from_folder(
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        threshold: float | None = None,
+        reading: Reading | None = None,
+        precision: str = "auto",
+    ) -> RISPredictor:
+        """Load a model (`model.json`, `model.safetensors`), by default on the best device there is.
 
-        Raises ConfigError if it chooses among proposals that cannot be made here; the reason is named.
+        `reading` says how answers are read, by default as protocol `ours` does; `threshold` replaces its threshold;
+        `precision` (of `device.PRECISIONS`) is that of a trained system's network.
+        Raises WeightsError if the folder holds no model, ConfigError if it chooses among proposals that cannot be made here;
+        the reason is named.
         """
-        model, info = load_model(folder, device)
-        if trains(info["system"]):
-            return MapPredictor(model, info["image_size"], info["word_len"], threshold, info.get("resample", "opencv4"))
-        return ProposalPredictor(model, proposer(proposal_options(info["proposals"]), device))
+        reading = reading or Reading()
+        if threshold is not None:
+            reading = replace(reading, threshold=threshold)
+        model, described = load_model(folder, device or best_device())
+        info = described.info
+        if isinstance(model, MapSystem):
+            if info.word_len is None:
+                raise WeightsError(
+                    f"{folder} is what a training starts from (its word_len is not set): give a trained model"
+                )
+            return MapPredictor(model, info.image_size, info.word_len, cast("Mode", info.resample), reading, precision)
+        assert isinstance(model, ProposalSystem)
+        if info.proposals is None:
+            raise WeightsError(f"{folder}/model.json does not say among which proposals it chooses: export it again")
+        make = proposer(proposal_options(info.proposals), next(model.parameters()).device)
+        return ProposalPredictor(model, make, reading)
 
     @torch.inference_mode()
     def encode(self, image: ImageLike) -> EncodedImage:
@@ -96,14 +121,17 @@ class RISPredictor(ABC):
     def answer(
         self, encoded: EncodedImage, expressions: Sequence[str], threshold: float | None = None
     ) -> list[Prediction]:
-        """One prediction per expression about an encoded image.
+        """Give one prediction per expression about an encoded image.
 
         Raises DataError for a blank text, ConfigError for a threshold that is no number from 0 to 1.
         """
         blank = [i for i, text in enumerate(expressions) if not isinstance(text, str) or not text.strip()]
         if blank or isinstance(expressions, str) or not len(expressions):
             raise DataError(f"expressions must be a list of non-blank texts; got {expressions!r}")
-        return self._answer(encoded, expressions, self.threshold if threshold is None else check_threshold(threshold))
+        reading = self.reading if threshold is None else replace(self.reading, threshold=threshold)
+        cut = [self.model.count_tokens(text) > self.most_tokens for text in expressions]
+        found = self._answer(encoded, expressions, reading)
+        return [replace(each, cut=was) for each, was in zip(found, cut, strict=True)]
 
     def set_image(self, image: ImageLike) -> None:
         """Encode an image and remember it for `predict`. Raises as `encode` does, and then remembers none."""
@@ -111,18 +139,18 @@ class RISPredictor(ABC):
         self._image = self.encode(image)
 
     def predict(self, expressions: Sequence[str], threshold: float | None = None) -> list[Prediction]:
-        """`answer` about the image last set. Raises DataError without one, and as `answer` does."""
+        """Do `answer` about the image last set. Raises DataError without one, and as `answer` does."""
         if self._image is None:
             raise DataError("no image is set: call set_image(...) before predict(...)")
         return self.answer(self._image, expressions, threshold)
 
     @abstractmethod
     def _encode(self, rgb: np.ndarray) -> EncodedImage:
-        """What needs no text, of an image uint8 (H, W, 3)."""
+        """Give what needs no text, of an image uint8 (H, W, 3)."""
 
     @abstractmethod
-    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], threshold: float) -> list[Prediction]:
-        """Predictions from what `_encode` returned."""
+    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], reading: Reading) -> list[Prediction]:
+        """Give predictions from what `_encode` returned."""
 
 
 class MapPredictor(RISPredictor):
@@ -132,37 +160,39 @@ class MapPredictor(RISPredictor):
     """
 
     def __init__(
-        self, model: nn.Module, image_size: int, word_len: int, threshold: float = 0.5, resample: Mode = "opencv4"
+        self,
+        model: MapSystem,
+        image_size: int,
+        word_len: int,
+        resample: Mode = "opencv4",
+        reading: Reading = Reading(),  # noqa: B008  # it is frozen
+        precision: str = "auto",
     ):
-        super().__init__(model, threshold)
-        self.image_size, self.word_len, self.resample = image_size, word_len, resample
-        self.device = next(model.parameters()).device
+        super().__init__(model, reading, word_len)
+        self.system, self.image_size, self.resample, self.precision = model, image_size, resample, precision
 
     def _encode(self, rgb: np.ndarray) -> EncodedImage:
         pixels = torch.from_numpy(letterbox_image(rgb, self.image_size, self.resample)).to(self.device)
-        features = self.model.encode_image(normalise(pixels.permute(2, 0, 1)[None]))  # type: ignore[operator]
+        with autocast(self.precision, self.device):
+            features = self.system.encode_image(normalise(pixels.permute(2, 0, 1)[None]))
         return EncodedImage(rgb.shape[0], rgb.shape[1], features)
 
-    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], threshold: float) -> list[Prediction]:
-        tokens = torch.from_numpy(np.stack([pad_tokens(encode(text), self.word_len) for text in expressions]))
+    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], reading: Reading) -> list[Prediction]:
+        tokens = self.system.tokenize(expressions, self.most_tokens).to(self.device)
         index = torch.zeros(len(tokens), dtype=torch.long, device=self.device)
-        inputs = (encoded.features, tokens.to(self.device), index)
-        full = self._original(self.model.segment(*inputs), encoded)  # type: ignore[operator]
-        located = [None] * len(full)
-        if locates(self.model):
-            located = list(self._original(upsampled_map(self.model, inputs, self.image_size), encoded))
-        predictions = []
-        for probability, location in zip(full, located, strict=True):
-            mask = probability > threshold
-            score = float(probability[mask].mean()) if mask.any() else 0.0
-            predictions.append(Prediction(mask, score, probability, location))
-        return predictions
-
-    def _original(self, logits: torch.Tensor, encoded: EncodedImage) -> np.ndarray:
-        """Logits (N, 1, h, w) -> probabilities float (N, H, W) at the image's own size."""
-        size = (encoded.height, encoded.width)
-        probabilities = logits.float().sigmoid()[:, 0]
-        return unletterbox(probabilities, *size, self.image_size, self.resample, "grid").cpu().numpy()
+        frame = Frame(encoded.height, encoded.width, self.image_size, self.resample)
+        with autocast(self.precision, self.device):
+            logits = self.system.segment(encoded.features, tokens, index)
+            where = (
+                self.system.located(encoded.features, tokens, index, self.image_size) if self.system.locates else None
+            )
+        found = read_map(logits, frame, reading)
+        located = None if where is None else read_map(where, frame, reading).probabilities.cpu().numpy()
+        parts = zip(*(part.cpu().numpy() for part in found), strict=True)
+        return [
+            Prediction(mask, float(score), probability, None if located is None else located[i])
+            for i, (mask, score, probability) in enumerate(parts)
+        ]
 
 
 class ProposalPredictor(RISPredictor):
@@ -172,49 +202,30 @@ class ProposalPredictor(RISPredictor):
     `propose` maps an image uint8 (H, W, 3) to masks bool (P, H, W).
     """
 
-    def __init__(self, model: nn.Module, propose: Callable[[np.ndarray], np.ndarray]):
-        super().__init__(model)
-        self.propose = propose
+    def __init__(
+        self,
+        model: ProposalSystem,
+        propose: Callable[[np.ndarray], np.ndarray],
+        reading: Reading = Reading(),  # noqa: B008  # it is frozen
+    ):
+        super().__init__(model, reading, model.context_length)
+        self.system, self.propose = model, propose
 
     def _encode(self, rgb: np.ndarray) -> EncodedImage:
         proposals = self.propose(rgb)
-        features = self.model.encode_proposals(rgb, proposals)  # type: ignore[operator]
+        features = self.system.encode_proposals(rgb, proposals)
         return EncodedImage(rgb.shape[0], rgb.shape[1], features, proposals)
 
-    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], threshold: float) -> list[Prediction]:
+    def _answer(self, encoded: EncodedImage, expressions: Sequence[str], reading: Reading) -> list[Prediction]:
         assert encoded.proposals is not None
-        scores = self.model.score(encoded.features, expressions).float()  # type: ignore[operator]
+        scores = self.system.score(encoded.features, expressions).float()
         choice = choose(torch.from_numpy(encoded.proposals).to(scores.device), scores)
         return [
             Prediction(mask, float(share), mask * np.float32(share), relevance)
-            for mask, share, relevance in zip(*(part.cpu().numpy() for part in choice), strict=True)
+            for mask, share, relevance in zip(
+                resized(choice.masks, reading).cpu().numpy(),
+                choice.shares.cpu().numpy(),
+                smoothly_resized(choice.relevance, reading).cpu().numpy(),
+                strict=True,
+            )
         ]
-
-
-def check_threshold(threshold: float) -> float:
-    """The threshold. Raises ConfigError unless it is a number from 0 to 1, as probabilities are."""
-    if not 0 <= threshold <= 1:  # so written, not-a-number is outside
-        raise ConfigError(f"the threshold is {threshold}: a probability is compared with it, use 0 to 1")
-    return threshold
-
-
-def read_image(image: ImageLike) -> np.ndarray:
-    """RGB uint8 (H, W, 3) from a path, encoded bytes, a PIL image or an array. Raises DataError that names the problem."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f"an image array must be uint8 (H, W, 3) RGB; got {image.dtype} {image.shape}")
-        return image
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if not isinstance(image, str | Path | bytes):
-        raise DataError(f"an image is a path, encoded bytes, an array or a PIL image; got {type(image).__name__}")
-    name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except FileNotFoundError:
-        raise DataError(f"no image at {name}") from None
-    except Exception as error:  # bad files make Pillow raise OSError, SyntaxError, struct.error and others
-        raise DataError(
-            f"{name}: not an image that can be decoded ({type(error).__name__}); give a JPEG or PNG"
-        ) from error

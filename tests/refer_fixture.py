@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ris_core.data.refer import DatasetName
+from ris_core.data.refer.reader import DatasetName
 
 IMAGES_2014 = "images/mscoco/images/train2014"
 IMAGES_2017 = "images/mscoco/images/train2017"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from ris_core.config import Params
+    from pipelines.params import Params
     from ris_core.data.dataset import ShardStore
     from ris_core.data.records import ImageRecord
 
@@ -129,10 +131,8 @@ class Tiny:
         return self.raw / DATASET / "captions.json"
 
     def params(self) -> Params:
-        """The parameters, to be changed as a test likes."""
-        from ris_core.config import load_params
-
-        return load_params(self.params_file)
+        """The parameters with the sections of the orchestration, to be changed as a test likes."""
+        return deepcopy(_loaded(self.params_file))
 
     def records(self) -> list[ImageRecord]:
         from ris_core.data.records import read_records
@@ -145,15 +145,23 @@ class Tiny:
         return ShardStore(self.shards)
 
 
+@cache
+def _loaded(params_file: Path) -> Params:
+    """Read once, as it takes a fifth of a second."""
+    from pipelines.params import load_params
+
+    return load_params(params_file)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Everything that training needs, made by the library's own functions. Tests must not change its files."""
     import torch
 
-    from ris_core.data.audit import prepare
     from ris_core.data.records import write_records
+    from ris_core.data.refer.audit import prepare
+    from ris_core.data.shapes.synthetic import write_dataset
     from ris_core.data.shards import ShardOptions, write_manifest, write_shard
-    from ris_core.data.synthetic import write_dataset
     from ris_core.models.clip import build_clip, save_clip
 
     world = Tiny(tmp_path_factory.mktemp("tiny"))

@@ -7,6 +7,7 @@ another number of processes, sees the same sequence of (referent, sentence) pair
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from ris_core.data import masks
 from ris_core.data.letterbox import Mode, letterbox_mask
 from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, decode_pixels
-from ris_core.data.text import pad_tokens
 from ris_core.errors import DataError
 
 CACHED_ROWS = 4096
+
+Tokenize = Callable[[Sequence[str]], torch.Tensor]  # a system's: sentences -> int64 (N, L)
 
 
 class ShardStore:
@@ -59,7 +61,7 @@ class ShardStore:
         return table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
 
     def _index_refs(self) -> None:
-        """Flat numpy columns over all referents: image index, position in the image, split, number of sentences."""
+        """Flatten all referents to numpy columns: image index, position in the image, split, number of sentences."""
         images, positions, splits, sentences = [], [], [], []
         first = 0
         for batch in self._batches:
@@ -80,7 +82,7 @@ class ShardStore:
         return len(self._address)
 
     def pixels(self, index: int) -> np.ndarray:
-        """The letterboxed image, uint8 (S, S, 3), read-only."""
+        """Give the letterboxed image, uint8 (S, S, 3), read-only."""
         shard, row = self._address[index]
         content = self._batches[shard].column("image")[row].as_buffer()
         return decode_pixels(content, self.manifest["storage"], self.image_size)
@@ -91,13 +93,18 @@ class ShardStore:
         return {name: batch.column(name)[row].as_py() for name in batch.schema.names if name != "image"}
 
     def mask(self, index: int, ann_id: int) -> np.ndarray:
-        """Exact mask of one annotation at original size, uint8 (height, width) of 0/1."""
+        """Give the exact mask of one annotation at original size, uint8 (height, width) of 0/1."""
         row = self.row(index)
         counts = next(item["counts"] for item in row["instances"] if item["ann_id"] == ann_id)
         return masks.decode(counts, row["height"], row["width"])
 
+    def places(self) -> dict[int, int]:
+        """Give the index of every image by its id."""
+        ids = [image_id for batch in self._batches for image_id in batch.column("image_id").to_pylist()]
+        return {image_id: index for index, image_id in enumerate(ids)}
+
     def images_of(self, split: str) -> np.ndarray:
-        """Indices of the images with at least one referent in `split`. Raises DataError if there is none."""
+        """Give indices of the images with at least one referent in `split`. Raises DataError if there is none."""
         found = np.unique(self.ref_image[self.ref_split == split])
         if not len(found):
             known = ", ".join(self.manifest["splits"])
@@ -122,12 +129,13 @@ class BatchPlan:
     expressions_per_image: int
     seed: int
     steps_per_epoch: int | None = None
+    text: str = "sent"  # the field of a sentence that is read
 
 
 class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
     """Map-style dataset over the steps of one epoch: item `step` is rank's whole batch.
 
-    A batch: image uint8 (B, 3, S, S); tokens int64 (N, L) with L the longest sentence of the batch; image_index int64
+    A batch: image uint8 (B, 3, S, S); tokens int64 (N, L), what `tokenize` makes of the N sentences; image_index int64
     (N,), the image each expression belongs to; target uint8 (N, 1, S/stride, S/stride), 0..255, the warped mask. The
     last groups of an epoch that do not fill a batch are dropped (they come in another epoch's permutation).
     """
@@ -137,14 +145,14 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
         store: ShardStore,
         split: str,
         plan: BatchPlan,
-        word_len: int,
+        tokenize: Tokenize,
         stride: int = 4,
         rank: int = 0,
         world: int = 1,
     ):
         if plan.batch_images % world:
             raise DataError(f"a global batch of {plan.batch_images} images does not divide over {world} workers")
-        self.store, self.plan, self.word_len, self.stride = store, plan, word_len, stride
+        self.store, self.plan, self.tokenize, self.stride = store, plan, tokenize, stride
         self.rank, self.world = rank, world
         self.refs = np.flatnonzero(store.ref_split == split)
         if not len(self.refs):
@@ -161,7 +169,7 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
         self.groups, self.choice = self._groups(epoch)
 
     def _groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Referents (G, k) of every group in this epoch's order, and a uniform number for each choice of a sentence."""
+        """Give referents (G, k) of every group in this epoch's order, and a uniform number per choice of a sentence."""
         random = np.random.default_rng([self.plan.seed, epoch])
         k = self.plan.expressions_per_image
         refs = random.permutation(self.refs)
@@ -183,17 +191,16 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
         groups, choice = self.groups[start : start + share], self.choice[start : start + share]
         store = self.store
         images = np.stack([store.pixels(int(store.ref_image[group[0]])) for group in groups])
-        tokens, targets = [], []
+        texts, targets = [], []
         for ref, uniform in zip(groups.ravel(), choice.ravel(), strict=True):
             image = int(store.ref_image[ref])
             entry = store.row(image)["refs"][store.ref_position[ref]]
             sentence = entry["sentences"][int(uniform * len(entry["sentences"]))]
-            tokens.append(sentence["tokens"])
+            texts.append(sentence[self.plan.text])
             targets.append(self._target(image, entry["ann_id"]))
-        longest = min(self.word_len, max(map(len, tokens)))
         return {
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
-            "tokens": torch.from_numpy(np.stack([pad_tokens(ids, self.word_len)[:longest] for ids in tokens])),
+            "tokens": self.tokenize(texts),
             "image_index": torch.arange(len(groups)).repeat_interleave(groups.shape[1]),
             "target": torch.from_numpy(np.stack(targets))[:, None],
         }
@@ -203,7 +210,7 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
         return letterbox_mask(store.mask(image, ann_id), store.image_size, stride=self.stride, mode=store.resample)
 
     def loader(self, epoch: int, first_step: int = 0, workers: int = 0) -> DataLoader[dict[str, torch.Tensor]]:
-        """Batches of `epoch` from `first_step` on, made ahead by `workers` processes (0: in this one)."""
+        """Give batches of `epoch` from `first_step` on, made ahead by `workers` processes (0: in this one)."""
         self.set_epoch(epoch)
         return DataLoader(
             self,

@@ -1,104 +1,95 @@
-"""Where the image files of a dataset lie, and whether they can be decoded."""
+"""The one decoder of images: whatever is given becomes RGB uint8 (H, W, 3), or an error that says what is wrong with it.
+
+EXIF orientation is ignored, as COCO's annotations do.
+"""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ris_core.data.refer_rows import ImageInfo, Problem
 from ris_core.errors import DataError
 
-# First the official layout (github.com/lichengunc/refer), then that of CRIS and others. Every RefCOCO image is in
-# COCO's train2014 and, under a shorter name, again in train2017.
-IMAGE_FOLDERS = (
-    "images/mscoco/images/train2014",
-    "images/train2014",
-    "images/mscoco/images/train2017",
-    "images/train2017",
-)
+ImageLike = str | Path | bytes | np.ndarray | Image.Image
+
+# Pillow decodes these itself. For others it starts programs of the machine, on bytes that anybody may have sent.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What a check of image files found: problems by image id, and how many images are not RGB (grey, CMYK, ...)."""
-
-    problems: dict[int, Problem]
-    not_rgb: int
+SHOWN = 200  # characters of a text that was given as a path
 
 
-def locate_images(root: Path, images: Iterable[ImageInfo]) -> tuple[dict[int, str], set[int]]:
-    """Path of every image relative to `root` with forward slashes, by image id, and the ids of the missing ones.
+class BadImage(DataError):
+    """An image that cannot be decoded or contradicts its annotation; `reason` is the same wherever the file lies."""
 
-    A missing image gets the path where it would be expected. Each folder is listed once.
+    def __init__(self, name: str | Path, reason: str):
+        super().__init__(name, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} cannot be used: {self.reason}"
+
+
+def load_image(path: Path) -> np.ndarray:
+    """Decode an image file to RGB uint8 (H, W, 3).
+
+    Raises BadImage for a file that is missing, truncated or otherwise no whole image.
     """
-    present = {folder: set(os.listdir(root / folder)) for folder in IMAGE_FOLDERS if (root / folder).is_dir()}
-    expected = next(iter(present), IMAGE_FOLDERS[0])
-    paths, missing = {}, set()
-    for image in images:
-        candidates = (f"{folder}/{name}" for folder, name in _places(image) if name in present.get(folder, ()))
-        found = next(candidates, None)
-        if found is None:
-            missing.add(image.image_id)
-        paths[image.image_id] = found or f"{expected}/{image.file_name}"
-    return paths, missing
+    with opened(path, path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
-def check_images(
-    root: Path, images: list[ImageInfo], paths: Mapping[int, str], missing: set[int], workers: int
-) -> Decoded:
-    """Decode every image on `workers` threads and compare its size with instances.json (EXIF rotation is ignored).
-
-    Raises DataError when there is no image folder at all.
-    """
-    if not any((root / folder).is_dir() for folder in IMAGE_FOLDERS):
+def read_image(image: ImageLike) -> np.ndarray:
+    """Read RGB uint8 (H, W, 3) from a path, encoded bytes, a PIL image or an array. Raises DataError that names the problem."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise DataError(f"an image array must be uint8 (H, W, 3) RGB; got {image.dtype} {image.shape}")
+        return image
+    if isinstance(image, Image.Image):
+        with whole("the PIL image"):  # which may have been opened and not read yet
+            return np.asarray(image.convert("RGB"))
+    if isinstance(image, bytes):
+        return decode_image(image)
+    if not isinstance(image, str | Path):
+        raise DataError(f"an image is a path, encoded bytes, an array or a PIL image; got {type(image).__name__}")
+    if str(image).startswith(("http://", "https://")):
         raise DataError(
-            f"{root}: no image folder; the images must be in one of {', '.join(IMAGE_FOLDERS)} below it. Unpack COCO's "
-            "train2014.zip there, or link the folder. To read annotations alone, turn `check_images` off"
+            f"{str(image)[:SHOWN]} is an address, and nothing is fetched here: download the image and give its path"
         )
-    problems = {
-        image.image_id: Problem("missing_image", f"image {image.image_id}: {paths[image.image_id]} is missing")
-        for image in images
-        if image.image_id in missing
-    }
-    there = [image for image in images if image.image_id not in missing]
-    with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(lambda image: _look(root, paths[image.image_id], image), there))
-    problems |= {image.image_id: problem for image, (problem, _) in zip(there, seen, strict=True) if problem}
-    return Decoded(problems, not_rgb=sum(mode not in ("RGB", "") for _, mode in seen))
+    if not os.path.exists(image):
+        raise DataError(f"no image at {str(image)[:SHOWN]}")
+    return load_image(Path(image))
 
 
-def _places(image: ImageInfo) -> Iterable[tuple[str, str]]:
-    """(folder, file name) pairs in the order in which they are tried."""
-    for folder in IMAGE_FOLDERS:
-        yield folder, image.file_name
-        number = f"{image.image_id:012d}.jpg"
-        yield folder, number if folder.endswith("2017") else f"COCO_train2014_{number}"
+def decode_image(content: bytes) -> np.ndarray:
+    """Decode an encoded image to RGB uint8 (H, W, 3). Raises BadImage, which names it by its size."""
+    with opened(io.BytesIO(content), f"an image of {len(content)} bytes") as image:
+        return np.asarray(image.convert("RGB"))
 
 
-def _look(root: Path, path: str, image: ImageInfo) -> tuple[Problem | None, str]:
-    """What is wrong with an image file, if anything, and the pixel mode it is stored in ('' when unreadable)."""
+@contextmanager
+def opened(source: Path | BinaryIO, name: str | Path) -> Iterator[Image.Image]:
+    """Open a Pillow image to look at or decode in the block. Raises BadImage of that name for whatever Pillow raises there."""
+    with whole(name), Image.open(source, formats=FORMATS) as image:
+        yield image
+
+
+@contextmanager
+def whole(name: str | Path) -> Iterator[None]:
+    """Inside the block, raise BadImage of that name for whatever Pillow raises."""
     try:
-        with Image.open(root / path) as picture:
-            size, mode = picture.size, picture.mode
-            if size == (image.width, image.height):
-                # At an eighth of the size a JPEG is still read to its end, which finds cut files at half the cost.
-                picture.draft(mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
-                picture.load()
-    except UnidentifiedImageError:
-        return _undecodable(image, path, "no image format that Pillow knows"), ""
+        yield
+    except UnidentifiedImageError:  # its text holds the path
+        raise BadImage(name, f"it is none of the image formats read here ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(name, f"{str(error).split(', could')[0]}; give a smaller copy of it") from None
     except Exception as error:  # bad files make Pillow raise OSError, SyntaxError, struct.error and others
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return _undecodable(image, path, reason), ""
-    if size != (image.width, image.height):
-        text = f"{path} is {size[0]}x{size[1]} pixels, instances.json says {image.width}x{image.height}"
-        return Problem("wrong_image_size", f"image {image.image_id}: {text}"), mode
-    return None, mode
-
-
-def _undecodable(image: ImageInfo, path: str, reason: str) -> Problem:
-    return Problem("undecodable_image", f"image {image.image_id}: {path} cannot be decoded ({reason})")
+        raise BadImage(name, reason or type(error).__name__) from error

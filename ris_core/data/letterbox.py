@@ -30,7 +30,7 @@ Upsampling = Literal["grid", "corners"]
 
 
 def letterbox_matrix(height: int, width: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The affine image -> square of `size` pixels, and the affine back: two (2, 3) float64 matrices on (x, y, 1).
+    """Give the affine image -> square of `size` pixels, and the affine back: two (2, 3) float64 matrices on (x, y, 1).
 
     Both are solved, separately, from three corner points rounded to float32, as the official code does; that moves
     entries by up to 1.5e-6 against the exact scale and bias, and is reproduced to the last bit.
@@ -46,7 +46,7 @@ def letterbox_matrix(height: int, width: int, size: int) -> tuple[np.ndarray, np
 
 
 def letterbox_image(rgb: np.ndarray, size: int, mode: Mode = "opencv4") -> np.ndarray:
-    """An RGB image (H, W, 3) uint8 in a square (size, size, 3) uint8: cubic, border `BORDER_RGB`.
+    """Put an RGB image (H, W, 3) uint8 in a square (size, size, 3) uint8: cubic, border `BORDER_RGB`.
 
     Values are within one level of OpenCV's fixed-point arithmetic (a few in 100,000 differ). An image that already is
     size x size comes back as a copy. About 2 ms for 640x480 -> 416 on one core.
@@ -59,7 +59,7 @@ def letterbox_image(rgb: np.ndarray, size: int, mode: Mode = "opencv4") -> np.nd
 
 
 def letterbox_mask(mask: np.ndarray, size: int, stride: int = 1, mode: Mode = "opencv4") -> np.ndarray:
-    """A mask (H, W), nonzero = object, in the square seen at every `stride`-th pixel: (size/stride, size/stride) uint8.
+    """Put a mask (H, W), nonzero = object, in the square seen at every `stride`-th pixel: (size/stride, size/stride) uint8.
 
     Levels run from 0 to 255 and are soft at edges: divide by 255 for the training target. Warping straight to the
     coarse grid equals warping to `size` and taking every `stride`-th row and column ('nearest', as CRIS does), bit for
@@ -83,7 +83,7 @@ def unletterbox(
     mode: Mode = "opencv4",
     upsampling: Upsampling = "corners",
 ) -> torch.Tensor:
-    """Maps (N, h, w) on the letterbox square -> float32 (N, height, width) on the original image, on the same device.
+    """Bring maps (N, h, w) on the letterbox square to float32 (N, height, width) on the original image, on the same device.
 
     The map is upsampled to `size` (bicubic) and warped back (cubic, border 0). Both steps are linear and separable, so
     they are two small matrices here: rows @ map @ columns^T. Values overshoot [0, 1] a little; threshold with `>`.
@@ -113,7 +113,7 @@ class _Taps(NamedTuple):
 
 
 def _affine_from_points(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The affine (2, 3) float64 that maps three points (3, 2) onto three others.
+    """Give the affine (2, 3) float64 that maps three points (3, 2) onto three others.
 
     Gaussian elimination with row pivoting, written out, because its order of operations is OpenCV's: LAPACK's differs
     in the last bits.
@@ -137,14 +137,14 @@ def _affine_from_points(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _source_lines(matrix: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(slope, offset) of the source coordinate per output index, for y and for x, inverted the way warpAffine does."""
+    """Give (slope, offset) of the source coordinate per output index, for y and x, inverted the way warpAffine does."""
     determinant = 1 / (matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0])
     slope_x, slope_y = matrix[1, 1] * determinant, matrix[0, 0] * determinant
     return (slope_y, -slope_y * matrix[1, 2]), (slope_x, -slope_x * matrix[0, 2])
 
 
 def _taps(line: tuple[float, float], n_out: int, stride: int, n_source: int, kernel: Kernel, mode: Mode) -> _Taps:
-    """The weighted source samples of every `stride`-th of the outputs 0..n_out*stride-1 along one axis."""
+    """Give the weighted source samples of every `stride`-th of the outputs 0..n_out*stride-1 along one axis."""
     slope, offset = line
     outputs = np.arange(n_out) * stride
     if mode == "opencv4":  # OpenCV 4: both terms rounded to 1/1024, their sum to 1/32 pixel
@@ -165,7 +165,7 @@ def _taps(line: tuple[float, float], n_out: int, stride: int, n_source: int, ker
 
 
 def _cubic_weights(fraction: np.ndarray) -> np.ndarray:
-    """Weights (n, 4) of the samples at -1, 0, 1, 2 around each fraction: Keys' cubic convolution with A = -0.75."""
+    """Give weights (n, 4) of samples at -1, 0, 1, 2 around each fraction: Keys' cubic convolution with A = -0.75."""
 
     def near(t: np.ndarray) -> np.ndarray:
         return ((CUBIC_A + 2) * t - (CUBIC_A + 3)) * t * t + 1
@@ -189,7 +189,7 @@ def _forward_taps(height: int, width: int, size: int, stride: int, kernel: Kerne
 def _warp(
     pixels: np.ndarray, size: int, stride: int, border: tuple[int, ...], kernel: Kernel, mode: Mode
 ) -> np.ndarray:
-    """pixels (H, W, C) uint8 -> (size/stride, size/stride, C) uint8.
+    """Warp pixels (H, W, C) uint8 -> (size/stride, size/stride, C) uint8.
 
     `embedding_bag` is torch's weighted sum of gathered rows, vectorised and without a temporary per tap: the vertical
     pass gathers image rows, the horizontal pass gathers columns after a transpose. One extra row and one extra column
@@ -219,7 +219,7 @@ def _warp(
 
 @lru_cache(maxsize=16)
 def _canvas(side: int, border: tuple[int, ...]) -> torch.Tensor:
-    """A square of border colour, to be cloned: copying is much faster than filling three bytes at a time."""
+    """Make a square of border colour, to be cloned: copying is much faster than filling three bytes at a time."""
     return torch.tensor(border, dtype=torch.uint8).expand(side, side, len(border)).contiguous()
 
 
@@ -227,7 +227,7 @@ def _canvas(side: int, border: tuple[int, ...]) -> torch.Tensor:
 def _inverse_matrices(
     height: int, width: int, size: int, grid: tuple[int, int], mode: Mode, upsampling: Upsampling, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 (height, h) and (width, w): the way back from a (h, w) grid over the square to the original pixels."""
+    """Give float32 (height, h) and (width, w): the way from a (h, w) grid over the square to the original pixels."""
     line_y, line_x = _source_lines(letterbox_matrix(height, width, size)[1])
     rows = _inverse_matrix(
         _taps(line_y, height, 1, size, "cubic", mode), height, _upsampling(grid[0], size, upsampling)
@@ -239,7 +239,7 @@ def _inverse_matrices(
 
 
 def _inverse_matrix(taps: _Taps, n_out: int, upsampling: torch.Tensor) -> torch.Tensor:
-    """The taps applied to the rows of an upsampling matrix (n_source + 1, n): float64 (n_out, n)."""
+    """Apply the taps to the rows of an upsampling matrix (n_source + 1, n): float64 (n_out, n)."""
     matrix = torch.zeros(n_out, upsampling.shape[1], dtype=torch.float64)
     matrix[taps.first : taps.last] = (taps.weight[:, :, None] * upsampling[taps.source]).sum(dim=1)
     return matrix
@@ -247,7 +247,7 @@ def _inverse_matrix(taps: _Taps, n_out: int, upsampling: torch.Tensor) -> torch.
 
 @lru_cache(maxsize=32)
 def _upsampling(n_source: int, n_out: int, upsampling: Upsampling) -> torch.Tensor:
-    """Bicubic upsampling along one axis: float64 (n_out + 1, n_source), last row 0 (border)."""
+    """Give bicubic upsampling along one axis: float64 (n_out + 1, n_source), last row 0 (border)."""
     if upsampling == "corners":
         identity = torch.eye(n_source, dtype=torch.float64)[None, None]
         matrix = F.interpolate(identity, (n_out, n_source), mode="bicubic", align_corners=True)[0, 0]

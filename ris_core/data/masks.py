@@ -19,7 +19,7 @@ POLYGON_MIN_NUMBERS = 6  # three points; COCO tools read four numbers as a box
 
 
 def encode(mask: np.ndarray) -> str:
-    """Counts of a mask of shape (H, W), bool or uint8; every non-zero pixel is foreground.
+    """Give the counts of a mask of shape (H, W), bool or uint8; every non-zero pixel is foreground.
 
     Raises DataError for another shape or dtype.
     """
@@ -30,7 +30,7 @@ def encode(mask: np.ndarray) -> str:
 
 
 def decode(counts: str, height: int, width: int) -> np.ndarray:
-    """Mask of shape (height, width), uint8 of {0, 1}, C-contiguous.
+    """Decode to a mask of shape (height, width), uint8 of {0, 1}, C-contiguous.
 
     Raises DataError when the counts are damaged or belong to a mask of another size.
     """
@@ -40,12 +40,12 @@ def decode(counts: str, height: int, width: int) -> np.ndarray:
 
 
 def area(counts: str, height: int, width: int) -> int:
-    """Number of foreground pixels, without decoding. Raises DataError as `decode` does."""
+    """Count the foreground pixels, without decoding. Raises DataError as `decode` does."""
     return int(_check_counts(counts, height, width)[1::2].sum())
 
 
 def segmentation_to_counts(segmentation: Any, height: int, width: int) -> str:
-    """Counts of the union of all parts of a COCO `segmentation` at (height, width) pixels.
+    """Give the counts of the union of all parts of a COCO `segmentation` at (height, width) pixels.
 
     Forms: a list of polygons `[[x0, y0, x1, y1, ...], ...]` in pixels, a compressed or uncompressed RLE dict
     `{"size": [h, w], "counts": ...}`, or a list of such dicts. The union is what the masks mean; the official REFER
@@ -68,7 +68,7 @@ def segmentation_to_counts(segmentation: Any, height: int, width: int) -> str:
 
 
 def is_polygons(segmentation: Any) -> bool:
-    """True for the list-of-polygons form, False for run lengths."""
+    """Tell the list-of-polygons form (True) from run lengths (False)."""
     return isinstance(segmentation, list) and all(isinstance(part, list) for part in segmentation)
 
 
@@ -109,7 +109,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
 
 
 def _check_counts(counts: str, height: int, width: int) -> np.ndarray:
-    """Run lengths (int64; background first) of counts that fill exactly height x width pixels; DataError otherwise."""
+    """Give run lengths (int64; background first) of counts that fill exactly height x width pixels; DataError otherwise."""
     runs = _run_lengths(counts)
     if runs is None or runs.min() < 0 or int(runs.sum()) != height * width:
         raise DataError(f"run-length text does not describe {height}x{width} pixels: {_brief(counts)}")
@@ -117,7 +117,7 @@ def _check_counts(counts: str, height: int, width: int) -> np.ndarray:
 
 
 def _run_lengths(counts: str) -> np.ndarray | None:
-    """Run lengths of a COCO compressed text, or None when it is no such text.
+    """Give the run lengths of a COCO compressed text, or None when it is no such text.
 
     Each number is stored in 5-bit digits, least significant first, one character (code 48 + digit) each; bit 5 of a
     character says that more digits follow, bit 4 of the last one is the sign. From the fourth number on, it is the

@@ -7,7 +7,6 @@ manifest.json        how they were made, and how many there are
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ris_core.data import masks
 from ris_core.errors import DataError
+from ris_core.files import replaced_file, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA = pa.schema(
@@ -36,22 +36,19 @@ def write_part(path: Path, images: Iterable[tuple[int, np.ndarray]]) -> None:
         }
         for image_id, proposals in images
     ]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a worker that was given up may still be writing
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-    os.replace(temporary, path)
+    with replaced_file(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
 
 
 def part_counts(path: Path) -> dict[int, int]:
-    """Number of proposals of each image of a part, by image id."""
+    """Count the proposals of each image of a part, by image id."""
     table = pq.read_table(path, columns=["image_id", "counts"])
     return dict(zip(table["image_id"].to_pylist(), map(len, table["counts"].to_pylist()), strict=True))
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Written last: a folder with a manifest is a finished one."""
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, folder / MANIFEST)
+    """Write the manifest, last of all: a folder with a manifest is a finished one."""
+    write_json(folder / MANIFEST, content)
 
 
 class ProposalStore:
@@ -72,7 +69,7 @@ class ProposalStore:
                 self._rows[row["image_id"]] = row
 
     def masks(self, image_id: int) -> np.ndarray:
-        """Proposals of an image, bool (P, H, W), largest first. Raises DataError if none were made for it."""
+        """Give proposals of an image, bool (P, H, W), largest first. Raises DataError if none were made for it."""
         row = self._rows.get(image_id)
         if row is None:
             made = self.manifest["splits"] or "no split: no system among `systems` chose among proposals"
@@ -84,7 +81,7 @@ class ProposalStore:
 
 
 def candidates(row: dict[str, Any], proposals: ProposalStore | None) -> np.ndarray:
-    """Masks of an image to choose among, bool (P, H, W): proposals or, where there are none given, its annotated objects."""
+    """Give masks of an image to choose among, bool (P, H, W): proposals or, where none are given, its annotated objects."""
     if proposals is not None:
         return proposals.masks(row["image_id"])
     objects = [item["counts"] for item in row["instances"] if not item["iscrowd"]]
@@ -92,7 +89,7 @@ def candidates(row: dict[str, Any], proposals: ProposalStore | None) -> np.ndarr
 
 
 def decode_all(counts: Sequence[str], height: int, width: int) -> np.ndarray:
-    """Masks bool (P, height, width) of their run lengths; P may be 0."""
+    """Decode masks bool (P, height, width) from their run lengths; P may be 0."""
     found = np.zeros((len(counts), height, width), bool)
     for mask, text in zip(found, counts, strict=True):
         mask[:] = masks.decode(text, height, width)

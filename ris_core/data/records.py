@@ -5,7 +5,6 @@ They are kept as one Parquet file per dataset, one row per image; nothing later 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ris_core.errors import DataError
+from ris_core.files import replaced_file
 
 SCHEMA_VERSION = "1"
 ROW_GROUP_IMAGES = 2048
@@ -112,13 +112,8 @@ def write_records(path: str | Path, records: Sequence[ImageRecord], dataset: str
     metadata = {"ris.schema": "records", "ris.schema_version": SCHEMA_VERSION, "ris.dataset": dataset}
     schema = RECORDS_SCHEMA.with_metadata(metadata)
     table = pa.Table.from_pylist([_as_row(record) for record in records], schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP_IMAGES)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_records(path: str | Path, first: int = 0, last: int | None = None) -> list[ImageRecord]:
@@ -143,14 +138,14 @@ def read_records(path: str | Path, first: int = 0, last: int | None = None) -> l
 
 
 def count_records(path: str | Path) -> int:
-    """How many records (images) a file holds, from its footer alone. Raises DataError as `read_records` does."""
+    """Count the records (images) that a file holds, from its footer alone. Raises DataError as `read_records` does."""
     with _opened(Path(path)) as file:
         return int(file.metadata.num_rows)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """The Parquet file, its version and columns checked; what is damaged inside becomes a DataError as well."""
+    """Open the Parquet file, its version and columns checked; what is damaged inside becomes a DataError as well."""
     if not path.is_file():
         raise DataError(f"{path}: no such records file; the stage `prepare` writes it (dvc repro prepare)")
     try:

@@ -1,7 +1,7 @@
 """Shards: Arrow IPC files, one row per image, memory-mapped for random access.
 
 A row holds the letterboxed image (raw uint8 pixels, or JPEG bytes of them), the image's annotations with exact masks
-(COCO RLE at the ORIGINAL size) and its referents with tokenised sentences. No pickle anywhere; any Arrow reader opens a
+(COCO RLE at the ORIGINAL size) and its referents with their sentences. No pickle anywhere; any Arrow reader opens a
 shard. `write_shard` is one unit of work: it depends on nothing but its arguments, so a shard's bytes are the same
 whichever worker writes it, and it writes under a temporary name first, so a file with the final name is always whole.
 """
@@ -11,33 +11,31 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ris_core.data.images import BadImage, decode_image, load_image
 from ris_core.data.letterbox import Mode, letterbox_image
 from ris_core.data.records import ImageRecord
-from ris_core.data.text import encode
-from ris_core.errors import DataError
+from ris_core.files import replaced_file, write_json
+from ris_core.options import option
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 95
 WRITE_PIECE = 1 << 20
 
-_SENTENCE = pa.struct(
-    [("sent_id", pa.int64()), ("sent", pa.string()), ("raw", pa.string()), ("tokens", pa.list_(pa.uint16()))]
-)
+_SENTENCE = pa.struct([("sent_id", pa.int64()), ("sent", pa.string()), ("raw", pa.string())])
 _REF = pa.struct(
     [("ref_id", pa.int64()), ("ann_id", pa.int64()), ("split", pa.string()), ("sentences", pa.list_(_SENTENCE))]
 )
@@ -70,11 +68,25 @@ class ShardOptions:
     image_size: int
     storage: str = "pixels"
     resample: Mode = "opencv4"
-    text: str = "sent"
+
+
+@dataclass(frozen=True)
+class PreprocessParams:
+    """Letterboxing of a dataset: the options of its shards, how large these are, and how many bad images are borne."""
+
+    image_size: int = option(160, minimum=32)
+    storage: str = option("pixels", choices=("pixels", "jpeg"))
+    resample: str = option("opencv4", choices=get_args(Mode))
+    images_per_shard: int = option(256, minimum=1)
+    max_bad_images: float = option(0.01, minimum=0)
+
+    def shards(self) -> ShardOptions:
+        """Give what decides a shard's content."""
+        return ShardOptions(self.image_size, self.storage, cast("Mode", self.resample))
 
 
 def shard_fingerprint(records: Sequence[ImageRecord], image_root: Path, options: ShardOptions) -> str:
-    """Name of a shard's content: records, sizes of the image files, options and schema version.
+    """Give the name of a shard's content: records, sizes of the image files, options and schema version.
 
     Equal fingerprints mean equal rows, unless an image was replaced by another one of the same size to the byte.
     """
@@ -86,34 +98,8 @@ def shard_fingerprint(records: Sequence[ImageRecord], image_root: Path, options:
 
 
 def _fields(item: Any) -> dict[str, Any]:
-    """A dataclass for JSON. Unlike `asdict` it copies nothing, which matters for tens of thousands of records."""
+    """Give a dataclass for JSON. Unlike `asdict` it copies nothing, which matters for tens of thousands of records."""
     return {field.name: getattr(item, field.name) for field in fields(item)}
-
-
-def load_image(path: Path) -> np.ndarray:
-    """Decode an image file to RGB uint8 (H, W, 3). EXIF orientation is ignored, as COCO's annotations do.
-
-    Raises BadImage for a file that is missing, truncated or otherwise no whole image.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:  # its text holds the path
-        raise BadImage(path, "no image format that Pillow knows") from None
-    except Exception as error:  # bad files make Pillow raise OSError, SyntaxError, struct.error and others
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadImage(path, reason or type(error).__name__) from error
-
-
-class BadImage(DataError):
-    """An image file that cannot be decoded or contradicts its annotation; `reason` is the same wherever the file lies."""
-
-    def __init__(self, path: Path, reason: str):
-        super().__init__(path, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} cannot be used: {self.reason}"
 
 
 def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, options: ShardOptions) -> dict[str, Any]:
@@ -133,7 +119,7 @@ def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, op
         try:
             images += _image(record, image_root, options)
             ends.append(len(images))
-            rows.append(_row(record, options))
+            rows.append(_row(record))
         except BadImage as error:
             quarantined.append({"image_id": record.image_id, "file_name": record.file_name, "reason": error.reason})
     entry = {"file": path.name, "images": len(rows), "splits": _split_counts(rows), "quarantined": quarantined}
@@ -143,10 +129,8 @@ def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, op
         "ris.entry": json.dumps(entry),
     }
     table = _table(rows, images, ends).replace_schema_metadata(metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a worker that was given up may still be writing
-    with HashedFile(temporary) as file, pa.ipc.new_file(file, table.schema) as writer:
+    with replaced_file(path) as temporary, HashedFile(temporary) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    os.replace(temporary, path)
     return {**entry, "sha256": file.sha256.hexdigest()}
 
 
@@ -180,8 +164,8 @@ def _image(record: ImageRecord, image_root: Path, options: ShardOptions) -> byte
     return _encode(letterbox_image(rgb, options.image_size, mode=options.resample), options.storage)
 
 
-def _row(record: ImageRecord, options: ShardOptions) -> dict[str, Any]:
-    """All of a row but its image."""
+def _row(record: ImageRecord) -> dict[str, Any]:
+    """Give all of a row but its image."""
     return {
         "image_id": record.image_id,
         "file_name": record.file_name,
@@ -202,7 +186,7 @@ def _row(record: ImageRecord, options: ShardOptions) -> dict[str, Any]:
                 "ref_id": ref.ref_id,
                 "ann_id": ref.ann_id,
                 "split": ref.split,
-                "sentences": [{**_fields(s), "tokens": encode(getattr(s, options.text))} for s in ref.sentences],
+                "sentences": [_fields(s) for s in ref.sentences],
             }
             for ref in record.refs
         ],
@@ -210,7 +194,7 @@ def _row(record: ImageRecord, options: ShardOptions) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[dict[str, Any]], images: bytearray, ends: Sequence[int]) -> pa.Table:
-    """Rows and their images, which lie end to end in `images` (row i ends at ends[i + 1]), with `SHARD_SCHEMA`.
+    """Join rows and their images, which lie end to end in `images` (row i ends at ends[i + 1]), with `SHARD_SCHEMA`.
 
     The images are taken as the one buffer they are: converted one by one, they would be in memory three times.
     """
@@ -230,11 +214,10 @@ def _encode(pixels: np.ndarray, storage: str) -> bytes:
 
 
 def decode_pixels(content: pa.Buffer, storage: str, image_size: int) -> np.ndarray:
-    """The letterboxed image of a row, uint8 (S, S, 3); a view into the memory map when pixels are stored raw."""
+    """Give the letterboxed image of a row, uint8 (S, S, 3); a view into the memory map when pixels are stored raw."""
     if storage == "pixels":
         return np.frombuffer(content, np.uint8).reshape(image_size, image_size, 3)
-    with Image.open(io.BytesIO(content.to_pybytes())) as image:
-        return np.asarray(image.convert("RGB"))
+    return decode_image(content.to_pybytes())
 
 
 def _split_counts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -288,7 +271,5 @@ def write_manifest(
         "shards": [{key: entry[key] for key in ("file", "images", "sha256")} for entry in entries],
         "quarantined": [bad for entry in entries for bad in entry["quarantined"]],
     }
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, folder / MANIFEST)
+    write_json(folder / MANIFEST, content)
     return content

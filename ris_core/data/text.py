@@ -34,18 +34,18 @@ def _tokenizer() -> SimpleTokenizer:
 
 
 def encode(text: str) -> list[int]:
-    """All token ids of one text, uncut, with start and end mark: `encode("left guy") == [49406, 1823, 2149, 49407]`."""
+    """Give all token ids of one text, uncut, with start and end mark: `encode("left guy") == [49406, 1823, 2149, 49407]`."""
     return [START_ID, *_tokenizer().encode(text), END_ID]
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The lower-case words behind token ids; marks and padding are left out."""
+    """Give the lower-case words behind token ids; marks and padding are left out."""
     words = [int(i) for i in ids if i not in (START_ID, END_ID, PAD_ID)]
     return _tokenizer().decode(words).strip()
 
 
 def pad_tokens(ids: Sequence[int], length: int) -> np.ndarray:
-    """Token ids at a fixed length: int64 (length,), zero padded.
+    """Bring token ids to a fixed length: int64 (length,), zero padded.
 
     A longer text keeps its first `length` ids and the last of them becomes the end mark, so that the sentence state is
     still read at an end mark (CRIS; 17 ids for RefCOCO and RefCOCO+, 22 for RefCOCOg).
@@ -54,7 +54,7 @@ def pad_tokens(ids: Sequence[int], length: int) -> np.ndarray:
 
 
 def pad_token_batch(batch: Sequence[Sequence[int]], length: int | None = None) -> np.ndarray:
-    """Several texts at one length: int64 (N, length). Without a length, that of the longest text.
+    """Bring several texts to one length: int64 (N, length). Without a length, that of the longest text.
 
     Shortening a batch to its longest text changes no result: attention is causal and padding is masked.
     """
@@ -70,9 +70,10 @@ def pad_token_batch(batch: Sequence[Sequence[int]], length: int | None = None) -
     return tokens
 
 
-def tokenize(texts: Sequence[str], length: int | None = None) -> np.ndarray:
-    """Encode and pad in one go: int64 (N, length)."""
-    return pad_token_batch([encode(text) for text in texts], length)
+def tokenize(texts: Sequence[str], length: int) -> np.ndarray:
+    """Encode, cut at `length` and pad to the longest in one go: int64 (N, L)."""
+    ids = [encode(text) for text in texts]
+    return pad_token_batch(ids, min(length, max(map(len, ids), default=length)))
 
 
 # Closed-class words only. They say how an expression points at its object, not what the object is.
@@ -108,7 +109,7 @@ def _kind_matchers() -> list[tuple[ExpressionKind, re.Pattern[str]]]:
 
 
 def expression_kind(text: str) -> ExpressionKind:
-    """Which kind of language an expression leans on, for slicing scores: a heuristic on closed-class words.
+    """Tell which kind of language an expression leans on, for slicing scores: a heuristic on closed-class words.
 
     The first kind that matches wins, in the order order > relation > location > size > attribute, because the harder
     kind usually decides ("second star from the left" is order although it says "left"). Attribute is what remains.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ris_core.data.dataset import ShardStore
-from ris_core.data.shards import load_image
+from ris_core.data.images import load_image
 from ris_core.data.text import expression_kind
 from ris_core.errors import DataError
 from ris_core.predictor import Prediction
@@ -45,7 +45,7 @@ class Answering(Protocol):
         ...
 
     def predict(self, expressions: Sequence[str], /) -> list[Prediction]:
-        """One prediction per expression: `mask` bool (H, W) and `score`."""
+        """Give one prediction per expression: `mask` bool (H, W) and `score`."""
         ...
 
 
@@ -101,7 +101,7 @@ def behaviour(
 
 
 def swap_sides(text: str) -> str:
-    """The text with left and right exchanged in every word of position, their endings and capitals kept."""
+    """Exchange left and right in every word of position of a text, their endings and capitals kept."""
     return _SIDE.sub(_other_side, text)
 
 
@@ -111,7 +111,7 @@ def _other_side(match: re.Match[str]) -> str:
 
 
 def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
-    """IoU of two masks, bool (H, W); 1.0 if both are empty."""
+    """Give the IoU of two masks, bool (H, W); 1.0 if both are empty."""
     union = np.count_nonzero(one | other)
     return np.count_nonzero(one & other) / union if union else 1.0
 
@@ -133,14 +133,14 @@ class Strangers:
         self.sentences = [(c, text) for _, c, text in said if any(names[word] == c for word in text.lower().split())]
 
     def draw(self, row: dict[str, Any], own: Sequence[str], random: np.random.Generator) -> str | None:
-        """A sentence about nothing in the image of a shard's `row`, whose sentences are `own`; None if there is none."""
+        """Draw a sentence about nothing in the image of a shard's `row`, whose sentences are `own`; None if there is none."""
         here = {item["category"] for item in row["instances"]}
         fitting = [text for category, text in self.sentences if category not in here and text not in own]
         return fitting[random.integers(len(fitting))] if fitting else None
 
 
 def _attribute_sentences(store: ShardStore, split: str) -> Iterator[tuple[int, str, str]]:
-    """(ref_id, category, text) of each in the split."""
+    """List (ref_id, category, text) of each in the split."""
     for image in store.images_of(split):
         row = store.row(int(image))
         categories = {item["ann_id"]: item["category"] for item in row["instances"]}
@@ -152,19 +152,19 @@ def _attribute_sentences(store: ShardStore, split: str) -> Iterator[tuple[int, s
 
 
 def _named(categories: Sequence[str]) -> str | None:
-    """The category that a word names, from those of all referents it is used of."""
+    """Give the category that a word names, from those of all referents it is used of."""
     category, count = Counter(categories).most_common(1)[0]
     return category if count >= max(NAMING_REFERENTS, NAMING_SHARE * len(categories)) else None
 
 
 def _expressions(store: ShardStore, image: int, split: str) -> list[Expression]:
-    """The image's distinct expressions in the split, in the order of its row."""
+    """Give the image's distinct expressions in the split, in the order of its row."""
     refs = [ref for ref in store.row(image)["refs"] if ref["split"] == split]
     return list(dict.fromkeys(Expression(ref["ann_id"], s["sent"]) for ref in refs for s in ref["sentences"]))
 
 
 def _ask(predictor: Answering, rgb: np.ndarray, texts: Sequence[str]) -> Answers:
-    """The answer to each text, all asked at once."""
+    """Give the answer to each text, all asked at once."""
     distinct = list(dict.fromkeys(texts))
     predictor.set_image(rgb)
     return dict(zip(distinct, predictor.predict(distinct), strict=True))

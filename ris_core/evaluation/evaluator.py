@@ -16,9 +16,10 @@ import torch
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
 from ris_core.data.text import expression_kind
-from ris_core.evaluation.answers import Answerer, Answers, pairwise_overlap, resized
+from ris_core.evaluation.answers import Answerer, Answers, pairwise_overlap
 from ris_core.evaluation.metrics import Protocol
 from ris_core.evaluation.queries import Query, by_images
+from ris_core.models.answer import resized
 
 TABLE_SCHEMA = pa.schema(
     [
@@ -77,12 +78,12 @@ def _score_image(
     split: str,
     with_objects: bool,
 ) -> list[dict[str, Any]]:
-    """Rows of one image."""
+    """Give the rows of one image."""
     row = store.row(image)
     wanted = {query.ann_id for query in queries}
     objects = [o for o in row["instances"] if o["ann_id"] in wanted or (with_objects and not o["iscrowd"])]
     decoded = np.stack([masks.decode(o["counts"], row["height"], row["width"]) for o in objects])
-    truth = resized(torch.from_numpy(decoded).to(answers.masks.device), protocol)
+    truth = resized(torch.from_numpy(decoded).to(answers.masks.device), protocol.reading)
     overlap, covered = pairwise_overlap(answers.masks, truth)
     among, together = pairwise_overlap(truth, truth)
     area = answers.masks.flatten(1).sum(1)

@@ -10,7 +10,7 @@ TRUTH = (0, 230, 118)
 
 
 def overlay(rgb: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None, scale: int = 1) -> Image.Image:
-    """The image with the mask tinted and outlined, and the true mask's outline beside it.
+    """Give the image with the mask tinted and outlined, and the true mask's outline beside it.
 
     rgb uint8 (H, W, 3); mask and truth bool (H, W). `scale` enlarges small images by whole pixels first.
     """
@@ -26,7 +26,7 @@ def overlay(rgb: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None, 
 
 
 def heat(rgb: np.ndarray, probability: np.ndarray, scale: int = 1) -> Image.Image:
-    """The image in grey with a map over it: rgb uint8 (H, W, 3), probability float (H, W) relative to its own maximum."""
+    """Draw the image in grey with a map over it: rgb uint8 (H, W, 3), probability float (H, W) relative to its own maximum."""
     grey = rgb.mean(axis=2, keepdims=True).repeat(3, axis=2)
     share = (probability / max(float(probability.max()), 1e-6))[:, :, None]
     pixels = 0.6 * grey * (1 - share) + np.array(PREDICTED, np.float32) * share
@@ -34,7 +34,7 @@ def heat(rgb: np.ndarray, probability: np.ndarray, scale: int = 1) -> Image.Imag
 
 
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
-    """Pixels of the mask within `width` pixels of its border, bool (H, W); the image's own border does not count."""
+    """Give pixels of the mask within `width` pixels of its border, bool (H, W); the image's own border does not count."""
     inner = mask.astype(bool)
     for _ in range(width):
         padded = np.pad(inner, 1, mode="edge")
@@ -43,7 +43,7 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
 
 
 def captioned(picture: Image.Image, text: str, height: int = 18) -> Image.Image:
-    """The picture on white with one line of text below it, cut to fit."""
+    """Put the picture on white with one line of text below it, cut to fit."""
     canvas = Image.new("RGB", (picture.width, picture.height + height), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
@@ -56,7 +56,7 @@ def captioned(picture: Image.Image, text: str, height: int = 18) -> Image.Image:
 
 
 def grid(pictures: list[Image.Image], columns: int, gap: int = 6) -> Image.Image:
-    """Pictures of about one size on a white sheet, row by row."""
+    """Put pictures of about one size on a white sheet, row by row."""
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")

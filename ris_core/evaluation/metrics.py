@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ris_core.data.letterbox import Upsampling
+from ris_core.models.answer import Reading
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 SIZES = ("small", "medium", "large")
@@ -39,6 +40,11 @@ class Protocol:
     upsampling: Upsampling = "grid"
     skip_unanswered: bool = False
 
+    @property
+    def reading(self) -> Reading:
+        """Tell how answers are read under it."""
+        return Reading(self.threshold, self.resolution, self.upsampling)
+
 
 # `lavt` scores the arg max of two logits, which for one logit is a threshold of 0.5. Its reference reads pixels of value 1
 # only, so that overlapping polygons of one annotation count as background; here ground truth is always their union.
@@ -56,12 +62,12 @@ PROTOCOLS = {
 
 
 def iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """IoU per expression, float64; an empty union (nothing there, nothing predicted) counts as 0."""
+    """Give the IoU per expression, float64; an empty union (nothing there, nothing predicted) counts as 0."""
     return np.where(union > 0, intersection / np.maximum(union, 1), 0.0)
 
 
 def scores(intersection: np.ndarray, union: np.ndarray, strict: bool = False) -> dict[str, float]:
-    """mIoU, oIoU and Pr@0.5..0.9 in 0..1 from int64 arrays (N,); all zero when N is 0.
+    """Give mIoU, oIoU and Pr@0.5..0.9 in 0..1 from int64 arrays (N,); all zero when N is 0.
 
     Pr@X compares integers (10 I against 10 X U), so that an IoU of exactly X is never lost to rounding.
     """
@@ -90,7 +96,7 @@ class Difference:
 def bootstrap_intervals(
     intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of mIoU and oIoU, resampling whole images.
+    """Give percentile bootstrap intervals of mIoU and oIoU, resampling whole images.
 
     Expressions about one image share its difficulty, so they are not independent; resampling images rather than
     expressions keeps the interval honest (cluster bootstrap; Davison and Hinkley 1997, section 3.8).
@@ -109,7 +115,7 @@ def paired_bootstrap(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, Difference]:
-    """Differences in mIoU and oIoU of two systems; the int64 arrays (N,) hold the same expressions in the same order.
+    """Give differences in mIoU and oIoU of two systems; the int64 arrays (N,) hold the same expressions in the same order.
 
     Each resample draws the same images for both, so that what makes an image hard for both cancels out. The p value is
     twice the smaller share of resampled differences that lie at zero or on one side of it, plus one in count and
@@ -132,7 +138,7 @@ def paired_bootstrap(
 def _resampled(
     intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """mIoU and oIoU of `samples` draws of whole images, float64 (samples,) each.
+    """Give mIoU and oIoU of `samples` draws of whole images, float64 (samples,) each.
 
     The draws depend on the seed and the number of images alone: two systems with the same images meet the same draws.
     """
@@ -150,13 +156,13 @@ def _resampled(
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The interval that leaves out half of 1 - `level` of the values on each side."""
+    """Give the interval that leaves out half of 1 - `level` of the values on each side."""
     low, high = np.percentile(values, [50 * (1 - level), 100 - 50 * (1 - level)])
     return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for being one family of tests, in the order given (Holm 1979, step-down).
+    """Adjust p values for being one family of tests, in the order given (Holm 1979, step-down).
 
     Below a level a, they claim something wrong anywhere in the family with a probability of at most a.
     """
@@ -169,7 +175,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def size_groups(shares: np.ndarray) -> tuple[list[str], tuple[float, float]]:
-    """'small', 'medium' or 'large' for each object, and the largest share that is small and that is medium.
+    """Give 'small', 'medium' or 'large' for each object, and the largest share that is small and that is medium.
 
     shares: float (N,), the share of its image that an object covers. The groups are thirds by rank; objects of equal
     size are in the same one, so that neither their order nor rounding decides. Without objects the bounds are 0.
@@ -183,7 +189,7 @@ def size_groups(shares: np.ndarray) -> tuple[list[str], tuple[float, float]]:
 def by_group(
     names: Sequence[str], intersection: np.ndarray, union: np.ndarray, strict: bool = False
 ) -> dict[str, dict[str, float]]:
-    """`scores` for each distinct name (kind of expression, say), with the number of expressions as `count`."""
+    """Give `scores` for each distinct name (kind of expression, say), with the number of expressions as `count`."""
     labels = np.asarray(names)
     return {
         str(name): {

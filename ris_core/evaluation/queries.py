@@ -25,7 +25,7 @@ class Query:
 
 
 def queries_of(store: ShardStore, split: str, protocol: Protocol, images: Sequence[int] | None = None) -> list[Query]:
-    """Every expression of `split` (of these images only, if given), in image order; each counts exactly once."""
+    """Give every expression of `split` (of these images only, if given), in image order; each counts exactly once."""
     found = []
     for image in store.images_of(split) if images is None else images:
         for ref in store.row(int(image))["refs"]:
@@ -38,7 +38,7 @@ def queries_of(store: ShardStore, split: str, protocol: Protocol, images: Sequen
 
 
 def shuffled(queries: Sequence[Query], seed: int) -> list[Query]:
-    """The same queries, each with a sentence of another referent: what a model scores that ignores language.
+    """Give the same queries, each with a sentence of another referent: what a model scores that ignores language.
 
     A seeded permutation, repaired by swapping until no referent keeps a sentence of its own. Raises DataError if that
     cannot be done, because one referent has more than half of the sentences.
@@ -61,7 +61,7 @@ def shuffled(queries: Sequence[Query], seed: int) -> list[Query]:
 
 
 def swapped(queries: Sequence[Query], seed: int) -> list[Query]:
-    """The same queries, each with a sentence about another object of the same image: the sharper control.
+    """Give the same queries, each with a sentence about another object of the same image: the sharper control.
 
     A model that ignores language keeps its score; one that understands it marks the other object and falls to about 0.
     Queries whose image has no other referent among them are left out.
@@ -79,7 +79,7 @@ def swapped(queries: Sequence[Query], seed: int) -> list[Query]:
 
 
 def by_images(queries: Sequence[Query], count: int) -> Iterator[list[Query]]:
-    """Consecutive runs of queries that together touch at most `count` images."""
+    """Give consecutive runs of queries that together touch at most `count` images."""
     group: list[Query] = []
     images: set[int] = set()
     for query in queries:

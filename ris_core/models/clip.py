@@ -10,8 +10,6 @@ import difflib
 import json
 import math
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from hashlib import sha256
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
 from ris_core.errors import ConfigError, WeightsError, list_problems
+from ris_core.files import replaced_file, write_json
+from ris_core.weights import load_strictly, read_json, read_safetensors, read_state
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -37,18 +35,19 @@ CONFIG_FILE = "clip.json"
 
 _CONFIG_FOLDER = Path(__file__).parent / "configs"
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, not weights
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of weights files, most often
 _ARCHITECTURE_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"}
 
 Architecture = str | Mapping[str, Any]
 
 
 def embedded_architectures() -> list[str]:
-    """Names of the architectures that come with this project."""
+    """Give the names of the architectures that come with this project."""
     return sorted(path.stem for path in _CONFIG_FOLDER.glob("*.json"))
 
 
 def resolve_architecture(architecture: Architecture) -> dict[str, Any]:
-    """An open_clip model config as a dict, from the name of one or from a dict.
+    """Give an open_clip model config as a dict, from the name of one or from a dict.
 
     Raises:
         ConfigError: the name is unknown, or the config asks for towers other than CLIP's own.
@@ -81,20 +80,27 @@ def resolve_architecture(architecture: Architecture) -> dict[str, Any]:
 
 
 def build_clip(architecture: Architecture) -> CLIP:
-    """An open_clip CLIP with random weights (float32). Runs under `torch.device("meta")` too."""
+    """Build an open_clip CLIP with random weights (float32). Runs under `torch.device("meta")` too.
+
+    Raises ConfigError if the architecture cannot be built, see `resolve_architecture`.
+    """
     from open_clip.model import CLIP
 
-    return CLIP(**resolve_architecture(architecture))
+    config = resolve_architecture(architecture)
+    try:
+        return CLIP(**config)
+    except Exception as error:  # open_clip checks no value: wrong ones make it raise errors of many kinds
+        raise ConfigError(f"no CLIP can be built of {config}: {error or type(error).__name__}") from error
 
 
 def load_clip(architecture: Architecture, weights: str | Path | None = None, image_size: int | None = None) -> CLIP:
-    """A CLIP in float32 on the CPU, with its weights checked against the architecture.
+    """Load a CLIP in float32 on the CPU, with its weights checked against the architecture.
 
     Args:
         architecture: see `resolve_architecture`.
         weights: None for random ones; a pretrained tag of open_clip ("openai"), fetched or found in its cache; a
-            folder written by `save_clip`; or a file: OpenAI's TorchScript archive, safetensors, or a state dict of
-            `torch.save` (also under the key "state_dict", also with the prefix "module.").
+            folder written by `save_clip`; or a file, see `ris_core.weights.read_state`: OpenAI's TorchScript archive,
+            safetensors, or a state dict of `torch.save`, also in a whole checkpoint. `~` is the home folder.
         image_size: another side of the square input, in pixels, than the architecture's own; only for a ViT. Position
             embeddings of the patches are resized by open_clip's `resize_pos_embed` (bicubic, antialiased, as its
             `force_image_size` does), the class token's stays.
@@ -110,14 +116,14 @@ def load_clip(architecture: Architecture, weights: str | Path | None = None, ima
         return build_clip(wanted)
     name = architecture if isinstance(architecture, str) else "the given architecture"
     tag_name = name.removesuffix("-quickgelu")
-    path = Path(weights)
+    path = Path(os.path.expanduser(weights))
     if str(weights) in _tags(tag_name):
         state = _read_pretrained(tag_name, str(weights), config)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         _check_activation(config, bool(read_clip_config(path)["architecture"].get("quick_gelu", False)), str(path))
         state = _read_saved(path)
-    elif path.is_file():
-        state, from_openai = _read_state_file(path)
+    elif os.path.lexists(path):
+        state, from_openai = _read_file(path)
         if from_openai:
             _check_activation(config, True, f"{path} (OpenAI's format)")
     else:
@@ -137,25 +143,6 @@ def load_clip(architecture: Architecture, weights: str | Path | None = None, ima
     return resized
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], title: str) -> None:
-    """Load a state dict that must match in every key and shape; precision is converted.
-
-    Raises:
-        WeightsError: lists every missing key, unexpected key and differing shape at once, under the title.
-    """
-    expected = model.state_dict()
-    problems = [f"missing: {key} {list(expected[key].shape)}" for key in expected if key not in state]
-    problems += [f"not part of the model: {key} {list(state[key].shape)}" for key in state if key not in expected]
-    problems += [
-        f"shape of {key}: {list(state[key].shape)} in the weights, {list(expected[key].shape)} in the model"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    if problems:
-        raise WeightsError(list_problems(title, problems, "Give the architecture these weights were made with."))
-    model.load_state_dict(dict(state))
-
-
 def save_clip(clip: CLIP, folder: str | Path, architecture: Architecture, extra: Mapping[str, Any]) -> None:
     """Write `clip.safetensors` and `clip.json` (architecture, extra, checksum of the weights) into a folder.
 
@@ -164,42 +151,53 @@ def save_clip(clip: CLIP, folder: str | Path, architecture: Architecture, extra:
     old one cannot pass for a pair.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    partial = weights.with_suffix(".partial")
-    save_file({key: value.detach().cpu().contiguous() for key, value in clip.state_dict().items()}, partial)
     config_of_clip = resolve_architecture(architecture)
     config_of_clip["vision_cfg"]["image_size"] = input_size(clip)
-    content = {
-        "architecture": config_of_clip,
-        "weights_sha256": sha256(partial.read_bytes()).hexdigest(),
-        "extra": dict(extra),
-    }
-    os.replace(partial, weights)
-    partial = config.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, config)
+    with replaced_file(folder / WEIGHTS_FILE) as temporary:
+        save_file({key: value.detach().cpu().contiguous() for key, value in clip.state_dict().items()}, temporary)
+        checksum = sha256(temporary.read_bytes()).hexdigest()
+    content = {"architecture": config_of_clip, "extra": dict(extra), "weights_sha256": checksum}
+    write_json(folder / CONFIG_FILE, content)
 
 
 def read_clip_config(folder: str | Path) -> dict[str, Any]:
-    """What `save_clip` wrote beside the weights: {"architecture", "weights_sha256", "extra"}.
+    """Read what `save_clip` wrote beside the weights: {"architecture", "weights_sha256", "extra"}.
 
     Raises:
-        WeightsError: the folder holds no saved CLIP.
+        WeightsError: the folder holds no saved CLIP, or its description is damaged: all that is wrong is listed.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise WeightsError(f"no saved CLIP in {folder}: {CONFIG_FILE} is missing; run the stage that writes it")
-    return json.loads(path.read_text())
+    folder = Path(os.path.expanduser(folder))
+    path = folder / CONFIG_FILE
+    if not os.path.lexists(path):
+        files = sorted(each.name for each in folder.glob("*") if each.suffix in _SUFFIXES)
+        hint = f", or give a file in it ({', '.join(files)})" if files else ""
+        raise WeightsError(f"no saved CLIP in {folder}: {CONFIG_FILE} is missing; run the stage that writes it{hint}")
+    content = read_json(path)
+    problems = _wrong(content, architecture=dict, weights_sha256=str, extra=dict)
+    if not problems:
+        given = {"quick_gelu": False, **content["architecture"]}
+        problems = _wrong(given, embed_dim=int, vision_cfg=dict, text_cfg=dict, quick_gelu=bool)
+        if not problems and not {"width", "timm_model_name"} & set(given["vision_cfg"]):
+            problems = ["vision_cfg: width missing"]  # open_clip's default is a ViT's, with which a ResNet takes 20 GB
+    if problems:
+        raise WeightsError(list_problems(f"{path} is damaged", problems, "Run the stage that writes it again."))
+    return content
 
 
 def load_saved_clip(folder: str | Path) -> CLIP:
-    """The CLIP that `save_clip` wrote into a folder, in the architecture recorded there."""
-    return load_clip(read_clip_config(folder)["architecture"], folder)
+    """Load the CLIP that `save_clip` wrote into a folder, in the architecture recorded there.
+
+    Raises:
+        WeightsError: there is none, or it is damaged.
+    """
+    try:
+        return load_clip(read_clip_config(folder)["architecture"], folder)
+    except ConfigError as error:
+        raise WeightsError(f"{Path(folder) / CONFIG_FILE} is damaged: {error}") from error
 
 
 def input_size(clip: CLIP) -> int:
-    """Side in pixels of the square images that a CLIP reads.
+    """Give the side in pixels of the square images that a CLIP reads.
 
     Raises:
         ConfigError: it reads images that are not square.
@@ -218,7 +216,7 @@ def _normalisation(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB (B, 3, H, W) -> float32 as CLIP expects it, on the same device and in the same memory format."""
+    """Turn uint8 RGB (B, 3, H, W) into float32 as CLIP expects it, on the same device and in the same memory format."""
     mean, std = _normalisation(images.device)
     return (images.float() - mean) / std
 
@@ -226,14 +224,14 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 def resnet_feature_maps(
     visual: ModifiedResNet, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """C3 (layer2, 1/8), C4 (layer3, 1/16) and the raw layer4 map (1/32) of normalised images (B, 3, H, W)."""
+    """Give C3 (layer2, 1/8), C4 (layer3, 1/16) and the raw layer4 map (1/32) of normalised images (B, 3, H, W)."""
     c3 = visual.layer2(visual.layer1(visual.stem(images)))
     c4 = visual.layer3(c3)
     return c3, c4, visual.layer4(c4)
 
 
 def vit_patch_map(visual: VisionTransformer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image features (B, E) and the map of all patches (B, E, g, g) of normalised images (B, 3, H, W), from one pass.
+    """Give image features (B, E) and the map of all patches (B, E, g, g) of normalised images (B, 3, H, W), from one pass.
 
     The map is what the shared space says of every patch: the final layer norm and the projection, made for the pooled
     feature, at each patch token instead. Nothing is L2-normalised.
@@ -243,7 +241,7 @@ def vit_patch_map(visual: VisionTransformer, images: torch.Tensor) -> tuple[torc
 
 
 def encode_words(clip: CLIP, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Word features and sentence state of tokens (N, L) int64 with L at most the context length.
+    """Give word features and sentence state of tokens (N, L) int64 with L at most the context length.
 
     Positions and causal mask are sliced to L, not resampled. Returns words (N, L, C) = the final layer norm at every
     token, unprojected, and state (N, E) = the words at the end mark (the largest id) times the text projection. Nothing
@@ -261,7 +259,7 @@ def encode_words(clip: CLIP, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _at_image_size(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """The config with another input size. Raises ConfigError where the visual tower cannot take it."""
+    """Give the config with another input size. Raises ConfigError where the visual tower cannot take it."""
     from open_clip.model import CLIPVisionCfg
 
     vision = CLIPVisionCfg(**config["vision_cfg"])  # with open_clip's defaults
@@ -286,7 +284,7 @@ def _tags(name: str) -> list[str]:
 
 
 def _check_activation(config: Mapping[str, Any], trained_with_quick_gelu: bool, source: str) -> None:
-    """Nothing in a weight tells its activation, and the wrong one silently spoils every feature."""
+    """Check the activation: nothing in a weight tells it, and the wrong one silently spoils every feature."""
     if trained_with_quick_gelu == bool(config.get("quick_gelu", False)):
         return
     trained, computed = ("QuickGELU", "GELU") if trained_with_quick_gelu else ("GELU", "QuickGELU")
@@ -311,43 +309,36 @@ def _read_pretrained(name: str, tag: str, config: Mapping[str, Any]) -> dict[str
             f"{source} is not in the local cache and could not be fetched ({error}). Run once where there is a network "
             "(without HF_HUB_OFFLINE), or download the file elsewhere and give its path"
         ) from error
-    return _read_state_file(path)[0]
+    return _read_file(path)[0]
 
 
 def _read_saved(folder: Path) -> dict[str, torch.Tensor]:
     config, path = read_clip_config(folder), folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise WeightsError(f"{folder} has a {CONFIG_FILE} but no {WEIGHTS_FILE}; run the stage that writes it again")
+    state = read_safetensors(path)
     if sha256(path.read_bytes()).hexdigest() != config["weights_sha256"]:
         raise WeightsError(f"{path} is not the file {CONFIG_FILE} was written for (checksums differ); write both again")
-    return _read_state_file(path)[0]
+    return state
 
 
-def _read_state_file(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The tensors of a weights file, and whether it is OpenAI's own format (then always QuickGELU)."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path), False
-        if _is_torchscript(path):
-            content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """Read the tensors of a weights file, and whether it is OpenAI's own format (then always QuickGELU)."""
+    state = read_state(path)
+    if any(key.startswith(("text_model.", "vision_model.")) for key in state):
         raise WeightsError(
-            f"{path} is not readable as safetensors, a TorchScript archive or a plain state dict ({error})"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise WeightsError(
-            f"{path} holds no state dict: expected a mapping of names to tensors, or one under 'state_dict'"
+            f"{path} has the names that Hugging Face's transformers gives CLIP's weights (text_model..., vision_model...): "
+            "give open_clip's or OpenAI's weights of the same model, by their tag such as openai or as a file"
         )
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     from_openai = any(key in state for key in _OPENAI_EXTRAS)
     return {key: value for key, value in state.items() if key not in _OPENAI_EXTRAS}, from_openai
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+def _wrong(content: Mapping[str, Any], **kinds: type) -> list[str]:
+    """Tell what is missing or of another type than named, as lines."""
+    problems = [f"{name}: missing" for name in kinds if name not in content]
+    return problems + [
+        f"{name}: expected {kind.__name__}, found {content[name]!r}"
+        for name, kind in kinds.items()
+        if name in content and type(content[name]) is not kind
+    ]

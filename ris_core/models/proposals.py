@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ris_core.errors import ConfigError, DataError, WeightsError, list_problems
+from ris_core.options import Plain, from_plain, option
 
 
 @dataclass(frozen=True)
@@ -106,20 +107,30 @@ GENERATORS = ("felzenszwalb", "sam")
 class ProposalOptions:
     """A generator by name, and the options of each."""
 
-    generator: str = field(default="felzenszwalb", metadata={"choices": GENERATORS})
+    generator: str = option("felzenszwalb", choices=GENERATORS)
     felzenszwalb: FelzenszwalbOptions = field(default_factory=FelzenszwalbOptions)
     sam: SAMOptions = field(default_factory=SAMOptions)
     sam_weights: str | None = None  # a folder as transformers saves it
 
 
-def proposal_options(content: dict[str, Any]) -> ProposalOptions:
-    """The options that `asdict` made plain, of a model's folder say."""
-    own = {"felzenszwalb": FelzenszwalbOptions, "sam": SAMOptions}
-    return ProposalOptions(**{key: own[key](**value) if key in own else value for key, value in content.items()})
+@dataclass(frozen=True)
+class ProposalsParams(ProposalOptions):
+    """Proposals of a dataset: how they are made, and of which splits."""
+
+    splits: list[str] | None = None  # all but train
+
+    def options(self) -> ProposalOptions:
+        """Tell how they are made."""
+        return ProposalOptions(self.generator, self.felzenszwalb, self.sam, self.sam_weights)
+
+
+def proposal_options(content: Plain) -> ProposalOptions:
+    """Give the options that `asdict` made plain, of a model's folder say. Raises ConfigError for what are no such options."""
+    return from_plain(ProposalOptions, content, "proposals")
 
 
 def proposer(options: ProposalOptions, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """What makes proposals of a picture, by these options; see `felzenszwalb` for what goes in and comes out.
+    """Give what makes proposals of a picture, by these options; see `felzenszwalb` for what goes in and comes out.
 
     Raises:
         ConfigError: SAM without a folder of weights, or without transformers.
@@ -133,7 +144,7 @@ def proposer(options: ProposalOptions, device: str | torch.device = "cpu") -> Ca
 
 
 def felzenszwalb(image: np.ndarray, options: FelzenszwalbOptions | None = None) -> np.ndarray:
-    """Proposals from graph-based segmentation (Felzenszwalb and Huttenlocher, IJCV 2004), by scikit-image.
+    """Make proposals from graph-based segmentation (Felzenszwalb and Huttenlocher, IJCV 2004), by scikit-image.
 
     Args:
         image: RGB uint8 (H, W, 3).
@@ -206,7 +217,7 @@ class SAMProposer:
         )
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """RGB image uint8 (H, W, 3) -> masks bool (N, H, W), largest first. Raises DataError if it is no such image."""
+        """Map an RGB image uint8 (H, W, 3) to masks bool (N, H, W), largest first. Raises DataError if it is no such image."""
         _check_image(image)
         options = self.options
         found = self._generate(
@@ -223,14 +234,14 @@ class SAMProposer:
 
 
 def filter_proposals(masks: np.ndarray, options: ProposalFilter) -> np.ndarray:
-    """Masks bool (N, H, W) of any origin -> those of the right area, largest first, without near duplicates."""
+    """Filter masks bool (N, H, W) of any origin -> those of the right area, largest first, without near duplicates."""
     pixels = torch.from_numpy(masks).flatten(1).float()
     overlap = (pixels @ pixels.T).numpy()  # exact: pixel counts stay far below 2^24
     return masks[_distinct(overlap, pixels.shape[1], options)]
 
 
 def best_proposal(masks: np.ndarray, target: np.ndarray) -> tuple[int, float]:
-    """Index and IoU of the proposal (of N, H, W) that covers a target (H, W) best: the upper bound of any choice.
+    """Give index and IoU of the proposal (of N, H, W) that covers a target (H, W) best: the upper bound of any choice.
 
     The first of equals; (-1, 0.0) without proposals.
     """
@@ -245,7 +256,7 @@ def best_proposal(masks: np.ndarray, target: np.ndarray) -> tuple[int, float]:
 
 
 def _distinct(overlap: np.ndarray, pixels: int, options: ProposalFilter) -> list[int]:
-    """Indices to keep of masks with pairwise intersections (N, N), largest first and equal areas in the order given."""
+    """Give indices to keep of masks with pairwise intersections (N, N), largest first and equal areas in the order given."""
     areas = np.diagonal(overlap)
     fitting = (areas >= max(1, options.min_area * pixels)) & (areas <= options.max_area * pixels)
     kept: list[int] = []
@@ -258,7 +269,7 @@ def _distinct(overlap: np.ndarray, pixels: int, options: ProposalFilter) -> list
 
 
 def _segment_overlaps(layers: list[np.ndarray]) -> np.ndarray:
-    """Common pixels (N, N) of all segments of all label maps (H, W), whose labels count from 0; areas on the diagonal.
+    """Count common pixels (N, N) of all segments of all label maps (H, W), whose labels count from 0; areas on the diagonal.
 
     Counting pairs of labels takes one pass per pair of maps, where comparing masks would take one per pair of masks.
     """
@@ -274,7 +285,7 @@ def _segment_overlaps(layers: list[np.ndarray]) -> np.ndarray:
 
 
 def _grown(masks: np.ndarray, pixels: int) -> np.ndarray:
-    """Masks bool (N, H, W) with all pixels added that are at most this far away, along rows and columns."""
+    """Grow masks bool (N, H, W) by all pixels that are at most this far away, along rows and columns."""
     side = 2 * pixels + 1
     grown = [F.max_pool2d(torch.from_numpy(mask)[None].float(), side, 1, pixels)[0].numpy() > 0 for mask in masks]
     return np.stack(grown) if grown else masks

@@ -10,39 +10,28 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ris_core.config import LossParams, TrainParams
 from ris_core.data.dataset import TrainingBatches
+from ris_core.device import autocast, resolved_precision
 from ris_core.errors import ConfigError
-from ris_core.models.clip import load_strictly, normalise
+from ris_core.models.clip import normalise
+from ris_core.models.contract import MapSystem
 from ris_core.training.checkpoint import Checkpoint, Position, cpu_copy
 from ris_core.training.optim import make_optimizer, set_learning_rates
+from ris_core.training.params import TrainParams
 from ris_core.training.runtime import Runtime, share_buffers
+from ris_core.weights import load_strictly
 
 LOG_EVERY = 20
 
 
-class Trainable(Protocol):
-    """What the loop asks of a system beside being an `nn.Module` of (images, tokens, image_index) -> output.
-
-    `stride` is the size of an input pixel in targets: they are (N, 1, S/stride, S/stride).
-    """
-
-    stride: int
-
-    def param_groups(self, lr: float, backbone_lr_multiplier: float, pos_embed_group: str) -> list[dict[str, Any]]: ...
-
-    def loss(self, output: Any, target: torch.Tensor, params: LossParams) -> torch.Tensor: ...
-
-
-Validate = Callable[[nn.Module], dict[str, float]]
+Validate = Callable[[MapSystem], dict[str, float]]
 Log = Callable[[dict[str, float], int], None]
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
@@ -51,17 +40,18 @@ class Trainer:
     """Owns model, optimiser, weight average and position of one run; `fit` drives them to the last epoch."""
 
     def __init__(
-        self, model: nn.Module, batches: TrainingBatches, validate: Validate, params: TrainParams, runtime: Runtime
+        self, model: MapSystem, batches: TrainingBatches, validate: Validate, params: TrainParams, runtime: Runtime
     ):
         self.batches, self.validate, self.params, self.runtime = batches, validate, params, runtime
         self.device = runtime.device
-        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: MapSystem = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ddp = runtime.prepare(self.model)
         self.step_model = torch.compile(self.ddp) if params.compile else self.ddp
-        groups = self.model.param_groups(params.lr, params.backbone_lr_multiplier, params.positional_embeddings)
-        self.optimizer = make_optimizer([{**g, "initial_lr": g["lr"]} for g in groups], params)
+        self.optimizer = make_optimizer(self.model, params)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.autocast, self.scaler = precision(params.precision, self.device)
+        self.autocast = autocast(params.precision, self.device)
+        scaled = resolved_precision(params.precision, self.device) == "fp16"  # the published CRIS recipe
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=moving_average(params.ema_decay), use_buffers=True)
             if params.ema_decay
@@ -76,16 +66,13 @@ class Trainer:
         if checkpoint is None:
             return
         load_strictly(self.model, checkpoint.model, "The checkpoint of this run does not fit its model")
-        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-        self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(checkpoint.optimizer["average"])
+        checkpoint.restore(self.optimizer, self.scaler, self.average)
         self.position, self.best = checkpoint.position, checkpoint.best
         if self.runtime.rank == 0:
             print(f"resuming at epoch {self.position.epoch + 1}, step {self.position.step}", file=sys.stderr)
 
     def checkpoint(self) -> Checkpoint | None:
-        """The whole state on the CPU; None on other ranks than 0, which hold copies of it."""
+        """Give the whole state on the CPU; None on other ranks than 0, which hold copies of it."""
         if self.runtime.rank:
             return None
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -131,7 +118,7 @@ class Trainer:
         self.train_loss = total.item() / len(self.batches)
 
     def _step(self, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
-        """One optimiser step; returns the detached loss, still on the device."""
+        """Do one optimiser step; returns the detached loss, still on the device."""
         torch.manual_seed((self.params.seed * 1_000_003 + global_step) * 4099 + self.runtime.rank)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         images = normalise(batch["image"]).contiguous(memory_format=torch.channels_last)
@@ -151,7 +138,8 @@ class Trainer:
 
     def _finish_epoch(self, log: Log) -> None:
         position = self.position
-        weights = self.average.module if self.average is not None else self.model
+        weights = self.model if self.average is None else self.average.module
+        assert isinstance(weights, MapSystem)
         if not math.isfinite(self.train_loss):
             remedy = "lower train.lr, or set train.clip_grad_norm; the checkpoint before this epoch is kept"
             raise ConfigError(
@@ -172,7 +160,7 @@ class Trainer:
 
 
 def moving_average(decay: float) -> Callable[[Tensors, Tensors, Any], None]:
-    """In-place update for `AveragedModel`: average <- decay * average + (1 - decay) * value; integers are copied.
+    """Update in place for `AveragedModel`: average <- decay * average + (1 - decay) * value; integers are copied.
 
     torch's own function computes average + (1 - decay) * (value - average), which makes NaN of the -inf in CLIP's
     causal mask, a buffer. A tensor that the average shares with the model (a frozen CLIP) is left alone.
@@ -191,19 +179,3 @@ def moving_average(decay: float) -> Callable[[Tensors, Tensors, Any], None]:
             torch._foreach_copy_(averages, values)
 
     return update
-
-
-def precision(name: str, device: torch.device) -> tuple[AbstractContextManager[Any], torch.amp.GradScaler]:
-    """Autocast context and gradient scaler for `auto`, `fp32`, `bf16` or `fp16`.
-
-    `auto` is bf16 on GPUs that have it and fp32 elsewhere. fp16 (the published CRIS recipe) scales the loss; the scaler is
-    a disabled pass-through for the others.
-    """
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name == "fp16" and device.type != "cuda":
-        raise ConfigError("train.precision: fp16 needs a GPU; use auto, which is fp32 on a CPU")
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-    if name == "fp32":
-        return nullcontext(), scaler
-    return torch.autocast(device.type, torch.bfloat16 if name == "bf16" else torch.float16), scaler

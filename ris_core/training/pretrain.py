@@ -24,14 +24,14 @@ from torch import nn
 from torchvision.ops import roi_align
 from tqdm import tqdm
 
-from ris_core.config import ClipParams
+from ris_core.data.images import load_image
 from ris_core.data.letterbox import letterbox_image, letterbox_matrix
-from ris_core.data.shards import load_image
+from ris_core.data.shapes.wording import LOCATION_WORDS
 from ris_core.data.text import encode, pad_token_batch
-from ris_core.data.wording import LOCATION_WORDS
 from ris_core.errors import ConfigError, DataError
 from ris_core.models.clip import encode_words, normalise, resnet_feature_maps, vit_patch_map
-from ris_core.models.cris_layers import attention_pool_map
+from ris_core.models.layers import attention_pool_map
+from ris_core.options import option
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -39,6 +39,23 @@ if TYPE_CHECKING:
 HELD_OUT = 0.1  # share of the captioned images that only measure
 RETRIEVAL_AMONG = 128
 MEASURED_AT_ONCE = 64  # scenes
+
+
+@dataclass
+class ClipParams:
+    """A CLIP that systems start from: the small one, which is trained, or real weights where `weights` is given."""
+
+    architecture: str = "tiny_rn"
+    weights: str | None = None
+    image_size: int | None = option(None, minimum=16)
+    seed: int = 0
+    steps: int = option(600, minimum=1)
+    scenes_per_step: int = option(24, minimum=2)
+    lr: float = option(1e-3, minimum=0)
+    weight_decay: float = option(0.05, minimum=0)
+    warmup_steps: int = option(30, minimum=0)
+    scene_loss: float = option(1.0, minimum=0)  # weight of scenes against their captions
+    patch_loss: float = option(0.0, minimum=0)  # weight of an image's patches against each other, for a caption
 
 
 @dataclass
@@ -53,7 +70,7 @@ class Captions:
     region_text: list[str]
 
     def subset(self, images: np.ndarray) -> Captions:
-        """Only what belongs to these images (pixels are kept whole, indices stay valid)."""
+        """Keep only what belongs to these images (pixels are kept whole, indices stay valid)."""
         scenes = np.flatnonzero(np.isin(self.scene_image, images))
         regions = np.flatnonzero(np.isin(self.region_image, images))
         return Captions(
@@ -98,7 +115,7 @@ def read_captions(root: Path, captions: Path, image_size: int) -> Captions:
 
 
 def _letterboxed(bbox: list[float], matrix: np.ndarray) -> list[float]:
-    """An (x, y, w, h) box of the original image as (x1, y1, x2, y2) in letterboxed pixels."""
+    """Give an (x, y, w, h) box of the original image as (x1, y1, x2, y2) in letterboxed pixels."""
     x, y, w, h = bbox
     corners = matrix @ np.array([[x, x + w], [y, y + h], [1.0, 1.0]])
     return [*corners[:, 0], *corners[:, 1]]
@@ -158,7 +175,7 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
 
 
 def draw(data: Captions, params: ClipParams, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene captions and region captions of one step, as indices: a function of (seed, step).
+    """Draw scene captions and region captions of one step, as indices: a function of (seed, step).
 
     One caption for each of `scenes_per_step` images, and for each region in them. Captions that are equal, and so would
     count against each other although both are right, occur once.
@@ -177,7 +194,7 @@ def draw(data: Captions, params: ClipParams, step: int) -> tuple[np.ndarray, np.
 
 
 def _first(values: np.ndarray | list[str]) -> np.ndarray:
-    """Positions at which each distinct value occurs first, ascending."""
+    """Give the positions at which each distinct value occurs first, ascending."""
     return np.sort(np.unique(values, return_index=True)[1])
 
 
@@ -203,7 +220,7 @@ class Views(NamedTuple):
 
 
 def encode_scenes(clip: CLIP, data: Captions, scenes: np.ndarray, regions: np.ndarray) -> Views:
-    """Scenes and regions in them, from one pass over the images.
+    """Encode scenes and regions in them, from one pass over the images.
 
     scenes and regions index the captions of `data`; every region must lie in the image of one of the scenes.
     """
@@ -220,7 +237,7 @@ def encode_scenes(clip: CLIP, data: Captions, scenes: np.ndarray, regions: np.nd
 
 
 def dense_map(clip: CLIP, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image features (B, E) and the dense map (B, E, h, w) in CLIP's shared space of normalised images (B, 3, S, S).
+    """Give image features (B, E) and the dense map (B, E, h, w) in CLIP's shared space of normalised images (B, 3, S, S).
 
     A ViT's map holds its projected patch tokens, a ResNet's the attention pool asked at every place. Nothing is
     L2-normalised.
@@ -242,12 +259,12 @@ def dense_map(clip: CLIP, images: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def encode_phrases(clip: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """Unit sentence vectors (N, E) of tokens (N, L), as `clip.encode_text` gives them, for any L up to the context length."""
+    """Give unit sentence vectors (N, E) of tokens (N, L) as `clip.encode_text` does, for any L up to the context length."""
     return nn.functional.normalize(encode_words(clip, tokens)[1], dim=-1)
 
 
 def patch_loss(views: Views, phrases: torch.Tensor, boxes: np.ndarray, scale: torch.Tensor) -> torch.Tensor:
-    """Of a softmax over all patches of an image: -log of the share that a caption (R, E) gives to its region, as a mean.
+    """Give, of a softmax over all patches of an image, -log of the share that a caption (R, E) gives to its region, as a mean.
 
     boxes (R, 4) are xyxy as shares of the image's side; scale multiplies the cosines. Contrasting regions with each other
     never shows a caption the background, nor asks single patches; here both must give way to the region.
@@ -258,7 +275,7 @@ def patch_loss(views: Views, phrases: torch.Tensor, boxes: np.ndarray, scale: to
 
 
 def cells_of(boxes: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
-    """Which cells of a grid (h, w) belong to each box (R, 4), xyxy as shares of the image's side: bool (R, h * w).
+    """Tell which cells of a grid (h, w) belong to each box (R, 4), xyxy as shares of the image's side: bool (R, h * w).
 
     Those whose middle lies inside; for a box too small to hold any, the one under the middle of the box.
     """
@@ -275,7 +292,7 @@ def cells_of(boxes: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(clip: CLIP, data: Captions, device: torch.device) -> dict[str, float]:
-    """Held-out scores, each beside its chance level `<name>_chance`. Equal captions in one image are all right.
+    """Give held-out scores, each beside its chance level `<name>_chance`. Equal captions in one image are all right.
 
     Of whole scenes and of regions cut out of the map:
       retrieval@1: a scene picks its caption among 128 (or all, if there are fewer).
@@ -307,7 +324,7 @@ def measure(clip: CLIP, data: Captions, device: torch.device) -> dict[str, float
 def _region_scores(
     data: Captions, regions: np.ndarray, views: Views, phrases: torch.Tensor, by_patch: np.ndarray
 ) -> Iterator[dict[str, float]]:
-    """For each region caption, its part of the measures; those of patches where `by_patch` (of all captions) says so."""
+    """Give each region caption's part of the measures; those of patches where `by_patch` (of all captions) says so."""
     grid = (views.patches.shape[-2], views.patches.shape[-1])
     to_regions = (phrases @ views.regions.T).cpu().numpy()
     to_patches = torch.einsum("re,rep->rp", phrases, views.patches.flatten(2)[views.owner]).cpu().numpy()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ris_core.device import best_device
 from ris_core.training import checkpoint as checkpoints
 from ris_core.training.checkpoint import Checkpoint
 
@@ -26,11 +27,11 @@ class Runtime(Protocol):
     device: torch.device
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, wrapped for gradient averaging when there are several processes."""
+        """Put the model on its device, wrapped for gradient averaging when there are several processes."""
         ...
 
     def load(self) -> Checkpoint | None:
-        """The newest checkpoint of this run, if there is one."""
+        """Load the newest checkpoint of this run, if there is one."""
         ...
 
     def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
@@ -67,14 +68,9 @@ class LocalRuntime:
         self.wait()
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.world > 1:
             dist.barrier()
-
-
-def best_device() -> str:
-    """This process' GPU (`LOCAL_RANK`) where CUDA works, else the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -88,7 +84,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise sum of a tensor over all processes; the tensor itself where there is only one."""
+    """Give the elementwise sum of a tensor over all processes; the tensor itself where there is only one."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values

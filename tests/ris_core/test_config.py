@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from ris_core.config import Params, ProposalsParams, TrainParams, digest, load_params, preset_overrides
+from pipelines import params as orchestration
+from ris_core.config import CLIPS, Params, load_params, preset_overrides
 from ris_core.errors import ConfigError
-from ris_core.models.cris import CRISConfig
-from ris_core.models.global_local import GlobalLocalConfig
-from ris_core.models.risclip import RISCLIPConfig
+from ris_core.models.cris.system import CRISConfig
+from ris_core.models.global_local.system import GlobalLocalConfig
+from ris_core.models.proposals import ProposalsParams
+from ris_core.models.registry import first_stage, system_class, systems, trains
+from ris_core.models.risclip.system import RISCLIPConfig
+from ris_core.training.params import TrainParams
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,10 +29,10 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def complaints(folder: Path, text: str) -> list[str]:
+def complaints(folder: Path, text: str, load: Callable[[Path], Params] = load_params) -> list[str]:
     """The single problems of the ConfigError that a parameter file brings."""
     with pytest.raises(ConfigError) as caught:
-        load_params(written(folder, text))
+        load(written(folder, text))
     title, *lines = str(caught.value).splitlines()
     problems = [line.removeprefix("  - ") for line in lines]
     assert title == f"{folder}/params.yaml cannot be used ({len(problems)} problem{'s' * (len(problems) != 1)}):"
@@ -70,7 +76,45 @@ def test_the_published_recipes_load(preset: str, tmp_path: Path) -> None:
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
-    assert load_params(written(tmp_path, "")) == Params()
+    params, defaults = load_params(written(tmp_path, "")), Params()
+    assert isinstance(params, Params)
+    assert all(getattr(params, each.name) == getattr(defaults, each.name) for each in fields(Params))
+    assert {each.name for each in fields(params)} == {each.name for each in fields(Params)} | set(systems())
+    for system in systems():
+        section = params.of(system)
+        assert (section.clip, section.model) == (CLIPS[0], system_class(system).config_class())
+        assert section.initialise == (TrainParams() if first_stage(system) else None)
+        assert section.train == (TrainParams() if trains(system) else None)
+    assert params == load_params(written(tmp_path, "")) != load_params(written(tmp_path, "lts: {clip: vit}"))
+    whole = orchestration.load_params(written(tmp_path, ""))
+    assert (whole.register, whole.cluster) == (orchestration.RegisterParams(), orchestration.ClusterParams())
+
+
+def test_sections_are_found_by_their_names(tmp_path: Path) -> None:
+    params = load_params(written(tmp_path, "cris: {train: {lr: 0.5}}\nclip_vit: {steps: 7}\n"))
+    assert params.of("cris") is params.cris
+    assert params.of("cris").train is not None
+    assert params.of("cris").train.lr == 0.5
+    assert (params.clip("rn"), params.clip("vit")) == (params.clip_rn, params.clip_vit)
+    assert params.clip("vit").steps == 7
+    with pytest.raises(ConfigError, match="there is no system 'lavt'; there are cris, global_local, lts, risclip"):
+        params.of("lavt")
+    with pytest.raises(ConfigError, match="there is no CLIP 'vitt'; there are rn, vit"):
+        params.clip("vitt")
+
+
+def test_the_library_leaves_the_sections_of_the_orchestration_alone(tmp_path: Path) -> None:
+    text = "cluster: {nodes: 3}\nregister: 7\npresets: {long: {cluster: {use_gpu: no_idea}}}\n"
+    assert load_params(written(tmp_path, text)).systems == ["cris"]
+    assert not hasattr(load_params(written(tmp_path, text)), "cluster")
+    agree(
+        complaints(tmp_path, text, orchestration.load_params),
+        {
+            "cluster.nodes": "unknown parameter; known here: train_workers, ",
+            "register": "expected a section with split, metric, minimum, ",
+            "presets.long.cluster.use_gpu": "'no_idea' is not one of auto, yes, no",
+        },
+    )
 
 
 def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> None:
@@ -90,6 +134,7 @@ def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> No
           odd: 3
           wide: {cris: {model: {dropout: 1.5}}, register: {metric: IoU}}
         """,
+        orchestration.load_params,
     )
     expected = {
         "trian": "did you mean 'train'?",
@@ -111,7 +156,7 @@ def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> No
         "presets.long.cluster.use_gpu": "'no_idea' is not one of auto, yes, no",
         "presets.odd": "expected sections, found 3",
         "presets.wide.register.metric": "'IoU' is not one of mIoU, oIoU",
-        "preset": "no preset named 'quick'; there are long, odd, wide",
+        "preset": "no preset named 'quick'; there are long, wide",
     }
     agree(problems, expected)
 
@@ -344,13 +389,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ris_core.models.contract import MapSystem, SystemConfig
+
 
 @dataclass(frozen=True)
-class MineConfig:
+class MineConfig(SystemConfig):
     width: int = 7
 
 
-class Mine:
+class Mine(MapSystem[object, object]):
     config_class = MineConfig
 
 
@@ -361,27 +408,78 @@ import sys
 import ris_core.models
 ris_core.models.__path__.append(sys.argv[1])
 from ris_core.config import load_params
-from ris_core.models.systems import systems, trains
+from ris_core.models.registry import systems, trains
 params = load_params(sys.argv[2])
-print(list(systems()), params.systems, params.mine.model.width, params.mine.initialise, params.mine.train.lr, trains("mine"))
+mine = params.of("mine")
+print(systems(), params.systems, mine.model.width, mine.initialise, mine.train.lr, trains("mine"))
 """
 
 
-def test_a_fifth_system_is_a_module_and_a_section(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models/mine.py").write_text(FIFTH)
+def test_a_fifth_system_is_a_folder_and_a_section(tmp_path: Path) -> None:
+    (tmp_path / "models/mine").mkdir(parents=True)
+    (tmp_path / "models/mine/__init__.py").write_text(FIFTH)
     path = written(tmp_path, "systems: [mine]\ntrain: {lr: 0.5}\nmine: {model: {width: 9}}\n")
     command = [sys.executable, "-c", WITH_A_FIFTH, str(tmp_path / "models"), str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['cris', 'global_local', 'lts', 'mine', 'risclip'] ['mine'] 9 None 0.5 True\n"
+    known = ", ".join(each.name for each in fields(Params))
     agree(
         complaints(tmp_path, path.read_text()),
         {
             "systems": "'mine' is not one of cris, global_local, lts, risclip",
-            "mine": "unknown parameter; known here: cris, global_local, lts, risclip, ",
+            "mine": f"unknown parameter; known here: {known}, cris, global_local, lts, risclip",
         },
     )
+
+
+def test_a_preset_can_be_laid_over_another(tmp_path: Path) -> None:
+    text = """
+        preset: quick
+        train: {epochs: 4, lr: 0.01, word_len: 20}
+        presets:
+          quick: {base: middle, train: {lr: 0.3}}
+          middle: {base: long, train: {lr: 0.2, word_len: 21}, datasets: [shapes+]}
+          long: {train: {epochs: 40, lr: 0.1}, datasets: [shapes, shapesg]}
+          same: {base: middle}
+        """
+    path = written(tmp_path, text)
+    params = load_params(path)
+    assert (params.train.epochs, params.train.lr, params.train.word_len) == (40, 0.3, 21)
+    assert params.datasets == ["shapes+"]
+    assert sorted(preset_overrides(path)) == [
+        "datasets: None -> ['shapes+']",
+        "train.epochs: 4 -> 40",
+        "train.lr: 0.01 -> 0.3",
+        "train.word_len: 20 -> 21",
+    ]
+    same = load_params(written(tmp_path, text.replace("preset: quick", "preset: same")))
+    assert (same.train.epochs, same.train.lr, same.train.word_len) == (40, 0.2, 21)
+    assert same == replace(
+        load_params(written(tmp_path, text.replace("preset: quick", "preset: middle"))), preset="same"
+    )
+
+
+def test_bases_that_lead_nowhere_are_named_with_everything_else(tmp_path: Path) -> None:
+    text = """
+        presets:
+          lost: {base: nowhere, train: {lr: 0.1}}
+          after: {base: lost}
+          round: {base: again}
+          again: {base: round}
+          wrong: {base: fine, train: {epochs: 0}}
+          fine: {train: {lr: -1}}
+        """
+    expected = {
+        "presets.lost.base": "'nowhere' is no preset",
+        "presets.after.base": "'lost' is no preset",
+        "presets.round.base": "'again' is no preset that ends",
+        "presets.again.base": "'round' is no preset that ends",
+        "presets.wrong.train.epochs": "0 is below the minimum 1",
+        "presets.wrong.train.lr": "-1.0 is below the minimum 0",
+        "presets.fine.train.lr": "-1.0 is below the minimum 0",
+    }
+    agree(complaints(tmp_path, text), expected)
 
 
 def test_the_default_preset_sets_nothing(tmp_path: Path) -> None:
@@ -409,9 +507,3 @@ def test_what_is_no_parameter_file(text: str, message: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=message) as caught:
         load_params(written(tmp_path, text))
     assert "params.yaml" in str(caught.value)
-
-
-def test_digest_depends_on_content_alone() -> None:
-    assert digest({"a": 1, "b": [TrainParams()]}) == digest({"b": [TrainParams()], "a": 1})
-    assert digest(TrainParams(lr=2e-3)) != digest(TrainParams(lr=1e-3))
-    assert len(digest("x")) == 12

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,21 @@ from torch import nn
 
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
+from ris_core.data.images import load_image, read_image
 from ris_core.data.proposal_store import ProposalStore, write_manifest, write_part
-from ris_core.data.shards import load_image
 from ris_core.errors import ConfigError, DataError, WeightsError
 from ris_core.evaluation.answers import MapAnswers, ProposalAnswers
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.evaluation.queries import queries_of
+from ris_core.models.answer import Reading
 from ris_core.models.clip import load_saved_clip
 from ris_core.models.proposals import felzenszwalb
-from ris_core.models.systems import build_model, export_model
-from ris_core.predictor import MapPredictor, Prediction, RISPredictor, read_image
+from ris_core.models.registry import ModelInfo, build_model, export_model
+from ris_core.predictor import MapPredictor, Prediction, RISPredictor
 
 TEXTS = ["the red star", "left", "the large blue ring next to the star"]
+INFO = ModelInfo(IMAGE_SIZE, word_len=12)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.state_dict(),
         tiny.params().cris.model,
         tiny.clip,
-        {"word_len": 12, "image_size": IMAGE_SIZE},
+        INFO,
     )
     return place
 
@@ -106,8 +109,9 @@ def test_an_image_is_encoded_once(
     predictor: RISPredictor, picture: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    encode = predictor.model.encode_image
-    monkeypatch.setattr(predictor.model, "encode_image", lambda images: calls.append(images) or encode(images))
+    assert isinstance(predictor, MapPredictor)
+    encode = predictor.system.encode_image
+    monkeypatch.setattr(predictor.system, "encode_image", lambda images: calls.append(images) or encode(images))
     predictor.set_image(picture)
     for text in TEXTS:
         predictor.predict([text])
@@ -132,13 +136,72 @@ def test_the_threshold_can_be_chosen(folder: Path, predictor: RISPredictor, pict
     own = RISPredictor.from_folder(folder, threshold=0.2)
     own.set_image(picture)
     assert same(own.predict(TEXTS[:1]), [low])
+    assert same(RISPredictor.from_folder(folder, reading=Reading(0.2)).answer(own.encode(picture), TEXTS[:1]), [low])
+
+
+@pytest.mark.parametrize("threshold", [7, -0.1, float("nan")])
+def test_a_threshold_that_is_no_probability_is_refused(
+    threshold: float, folder: Path, predictor: RISPredictor, picture: Path
+) -> None:
+    predictor.set_image(picture)
+    with pytest.raises(ConfigError, match=rf"the threshold is {threshold}: .* use 0 to 1"):
+        predictor.predict(TEXTS, threshold=threshold)
+    with pytest.raises(ConfigError, match=rf"the threshold is {threshold}: .* use 0 to 1"):
+        RISPredictor.from_folder(folder, threshold=threshold)
+
+
+def test_the_reading_of_a_protocol_gives_its_masks(folder: Path, tiny: Tiny) -> None:
+    """What a gallery shows is what was scored: the same upsampling, resolution and threshold."""
+    store, protocol = tiny.store(), PROTOCOLS["cris"]
+    predictor = RISPredictor.from_folder(folder, reading=protocol.reading)
+    assert isinstance(predictor, MapPredictor)
+    queries = queries_of(store, "val", protocol)[:9]
+    scored = MapAnswers(predictor.system, 12)(store, queries, protocol)
+    usual, differing = RISPredictor.from_folder(folder), 0
+    for image, answers in scored.items():
+        photo = tiny.raw / store.row(image)["file_name"]
+        texts = [query.text for query in queries if query.image == image]
+        found = predictor.answer(predictor.encode(photo), texts)
+        for one, other, mask in zip(found, usual.answer(usual.encode(photo), texts), answers.masks, strict=True):
+            assert one.mask.shape == mask.shape
+            assert int((one.mask != mask.numpy()).sum()) <= 8, "only pixels at the threshold may differ"
+            differing += int(one.mask.shape != other.mask.shape or (one.mask != other.mask).sum() > 8)
+    assert differing, "the usual reading is another one"
+
+
+def test_what_is_known_of_an_image_belongs_to_whoever_asks(predictor: RISPredictor, tiny: Tiny) -> None:
+    photos = [tiny.raw / record.file_name for record in tiny.records()[:3]]
+    expected = []
+    for photo in photos:
+        predictor.set_image(photo)
+        expected.append(predictor.predict(TEXTS))
+    assert not same(expected[0], expected[1])
+    encoded = [predictor.encode(photo) for photo in photos]
+    for _ in range(2):
+        for one, answers in zip(encoded, expected, strict=True):
+            assert same(predictor.answer(one, TEXTS), answers)
+    assert same(predictor.predict(TEXTS), expected[-1]), "the image last set is still that"
+    with pytest.raises(FrozenInstanceError):
+        encoded[0].height = 3  # type: ignore[misc]
+
+
+def test_threads_that_share_a_predictor_get_their_own_answers(predictor: RISPredictor, tiny: Tiny) -> None:
+    photos = [tiny.raw / record.file_name for record in tiny.records()[:6]]
+    expected = [predictor.answer(predictor.encode(photo), TEXTS) for photo in photos]
+
+    def ask(n: int) -> bool:
+        return same(predictor.answer(predictor.encode(photos[n % 6]), TEXTS), expected[n % 6])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(48)))
 
 
 def test_it_sees_what_the_evaluator_sees(predictor: RISPredictor, tiny: Tiny) -> None:
     """The same model scores the same areas on shards as on the files the shards were made of."""
     store = ShardStore(tiny.shards)
     queries = queries_of(store, "val", PROTOCOLS["ours"])
-    answers = MapAnswers(predictor.model, 12)
+    assert isinstance(predictor, MapPredictor)
+    answers = MapAnswers(predictor.system, 12)
     table = evaluate(answers, store, queries, PROTOCOLS["ours"], split="val").to_pylist()
     for query, row in list(zip(queries, table, strict=True))[::5]:
         predictor.set_image(tiny.raw / store.row(query.image)["file_name"])
@@ -149,11 +212,10 @@ def test_it_sees_what_the_evaluator_sees(predictor: RISPredictor, tiny: Tiny) ->
 
 def test_a_coarse_map_comes_with_the_mask(predictor: RISPredictor, tiny: Tiny, tmp_path: Path, picture: Path) -> None:
     section = tiny.params().lts
-    info = {"word_len": 12, "image_size": IMAGE_SIZE}
     for prior in ("filtering", "none"):
         config = replace(section.model, prior=prior)
         model = build_model("lts", config, load_saved_clip(tiny.clip))
-        export_model(tmp_path / prior, "lts", model.state_dict(), config, tiny.clip, info)
+        export_model(tmp_path / prior, "lts", model.state_dict(), config, tiny.clip, INFO)
     locating, plain = (RISPredictor.from_folder(tmp_path / prior) for prior in ("filtering", "none"))
     for each in (locating, plain, predictor):
         each.set_image(picture)
@@ -193,6 +255,14 @@ def test_long_expressions_are_cut_not_refused(predictor: RISPredictor, picture: 
     assert np.isfinite(one.probability).all()
 
 
+def test_what_was_cut_is_said(predictor: RISPredictor, picture: Path) -> None:
+    """The model hears twelve tokens, two of them marks."""
+    texts = ["red " * 10, "red " * 11, "left"]
+    found = predictor.answer(predictor.encode(picture), texts)
+    assert [one.cut for one in found] == [False, True, False]
+    assert np.abs(found[0].probability - found[1].probability).max() < 1e-5, "nothing of its end was heard"
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no image at .*nowhere\.jpg"):
         read_image(tmp_path / "nowhere.jpg")
@@ -209,10 +279,12 @@ def test_what_is_no_image(tmp_path: Path, picture: Path) -> None:
     content[37:41] = b"\xff\xff\xff\xff"  # the length of a chunk: Pillow raises SyntaxError for it
     broken.write_bytes(content)
     for path in (text, cut, broken, tmp_path):
-        with pytest.raises(DataError, match="not an image that can be decoded") as caught:
+        with pytest.raises(DataError, match="cannot be used: ") as caught:
             read_image(path)
         assert str(path) in str(caught.value)
-    with pytest.raises(DataError, match=r"8 bytes: not an image that can be decoded .*; give a JPEG or PNG"):
+    with pytest.raises(
+        DataError, match=r"8 bytes cannot be used: it is none of the image formats read here \(JPEG, PNG"
+    ):
         read_image(b"no image")
 
 
@@ -250,9 +322,33 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         RISPredictor.from_folder(tmp_path)
 
 
+def test_a_model_that_was_not_trained_is_refused(tmp_path: Path, tiny: Tiny) -> None:
+    config, clip = tiny.params().cris.model, load_saved_clip(tiny.clip)
+    export_model(tmp_path, "cris", build_model("cris", config, clip).state_dict(), config, tiny.clip, ModelInfo(64))
+    with pytest.raises(WeightsError, match=r"is what a training starts from \(its word_len is not set\)"):
+        RISPredictor.from_folder(tmp_path)
+
+
+def test_a_choosing_model_that_does_not_say_among_what_is_refused(tmp_path: Path, tiny: Tiny) -> None:
+    config, clip = tiny.params().global_local.model, load_saved_clip(tiny.clip)
+    weights = build_model("global_local", config, clip).state_dict()
+    export_model(tmp_path, "global_local", weights, config, tiny.clip, ModelInfo(64))
+    with pytest.raises(WeightsError, match=r"model\.json does not say among which proposals it chooses"):
+        RISPredictor.from_folder(tmp_path)
+
+
+def test_the_best_device_is_taken_unless_one_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ris_core.predictor.best_device", lambda: asked.append("asked") or "cpu")
+    assert RISPredictor.from_folder(folder).device == torch.device("cpu")
+    assert asked == ["asked"]
+    assert RISPredictor.from_folder(folder, "cpu").device == torch.device("cpu")
+    assert asked == ["asked"]
+
+
 def test_the_models_own_resampling_is_used(tmp_path: Path, tiny: Tiny, folder: Path, picture: Path) -> None:
     model = build_model("cris", tiny.params().cris.model, load_saved_clip(tiny.clip))
-    info = {"word_len": 12, "image_size": IMAGE_SIZE, "resample": "exact"}
+    info = replace(INFO, resample="exact")
     export_model(tmp_path, "cris", model.state_dict(), tiny.params().cris.model, tiny.clip, info)
     exact, usual = RISPredictor.from_folder(tmp_path), RISPredictor.from_folder(folder)
     assert isinstance(exact, MapPredictor)
@@ -282,7 +378,7 @@ def export_choosing(tiny: Tiny, folder: Path, **options: Any) -> Path:
     model = build_model("global_local", section, load_saved_clip(tiny.clip))
     proposals = {**asdict(tiny.params().proposals), **options}
     del proposals["splits"]
-    info = {"image_size": IMAGE_SIZE, "proposals": proposals}
+    info = ModelInfo(IMAGE_SIZE, proposals=proposals)
     export_model(folder, "global_local", model.state_dict(), section, tiny.clip, info)
     return folder
 

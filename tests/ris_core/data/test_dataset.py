@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_world import IMAGE_SIZE, Tiny
+from tiny_world import DATASET, IMAGE_SIZE, Tiny
 
 from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
 from ris_core.data.letterbox import letterbox_mask
-from ris_core.data.text import END_ID, START_ID, encode, pad_tokens
+from ris_core.data.shards import ShardOptions, write_manifest, write_shard
+from ris_core.data.text import END_ID, START_ID, encode, pad_tokens, tokenize
 from ris_core.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -27,8 +30,12 @@ def store(tiny: Tiny) -> ShardStore:
     return tiny.store()
 
 
+def tokens_of(texts: Sequence[str], length: int = WORD_LEN) -> torch.Tensor:
+    return torch.from_numpy(tokenize(texts, length))
+
+
 def batches(store: ShardStore, images: int = 4, k: int = 2, seed: int = 0, word_len: int = WORD_LEN, **other: int):
-    return TrainingBatches(store, "train", BatchPlan(images, k, seed), word_len, **other)
+    return TrainingBatches(store, "train", BatchPlan(images, k, seed), partial(tokens_of, length=word_len), **other)
 
 
 def epoch_of(made: TrainingBatches, epoch: int, **options: int) -> list[Batch]:
@@ -75,9 +82,8 @@ def test_a_batch_holds_images_sentences_and_masks_that_belong_together(store: Sh
             pixels = batch["image"][batch["image_index"][n]].permute(1, 2, 0).numpy()
             assert (pixels == store.pixels(image)).all()
             sentence = [token for token in batch["tokens"][n].tolist() if token]
-            assert sentence in [
-                pad_tokens(s["tokens"], WORD_LEN)[: len(s["tokens"])].tolist() for s in entry["sentences"]
-            ]
+            said = [encode(s["sent"]) for s in entry["sentences"]]
+            assert sentence in [pad_tokens(ids, WORD_LEN)[: len(ids)].tolist() for ids in said]
             warped = letterbox_mask(store.mask(image, entry["ann_id"]), IMAGE_SIZE)
             assert (batch["target"][n, 0].numpy() == warped[::4, ::4]).all()
 
@@ -164,7 +170,7 @@ def test_batches_made_ahead_by_a_worker_are_the_same(store: ShardStore) -> None:
 
 def test_long_sentences_are_cut_at_the_word_length(store: ShardStore) -> None:
     long = [
-        len(sentence["tokens"]) > 5
+        len(encode(sentence["sent"])) > 5
         for i in range(len(store))
         for ref in store.row(i)["refs"]
         for sentence in ref["sentences"]
@@ -179,7 +185,7 @@ def test_long_sentences_are_cut_at_the_word_length(store: ShardStore) -> None:
 
 def test_an_epoch_can_be_shortened(store: ShardStore) -> None:
     full = batches(store)
-    short = TrainingBatches(store, "train", BatchPlan(4, 2, 0, steps_per_epoch=3), WORD_LEN)
+    short = TrainingBatches(store, "train", BatchPlan(4, 2, 0, steps_per_epoch=3), tokens_of)
     assert len(full) > len(short) == 3
     assert same(epoch_of(short, 1), epoch_of(full, 1)[:3])
 
@@ -188,7 +194,7 @@ def test_what_cannot_be_drawn_is_said(store: ShardStore) -> None:
     with pytest.raises(DataError, match="a global batch of 4 images does not divide over 3 workers"):
         batches(store, world=3)
     with pytest.raises(DataError, match="shapes has no split 'test'; it has testA, testB, train, val"):
-        TrainingBatches(store, "test", BatchPlan(4, 2, 0), WORD_LEN)
+        TrainingBatches(store, "test", BatchPlan(4, 2, 0), tokens_of)
     with pytest.raises(DataError, match="split 'train' has fewer groups than one batch of 500 images"):
         batches(store, images=500)
 
@@ -239,7 +245,7 @@ def test_another_schema_version_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.shards, folder)
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 99}))
-    with pytest.raises(DataError, match="shard schema 99, this code reads 1; preprocess again"):
+    with pytest.raises(DataError, match="shard schema 99, this code reads 2; preprocess again"):
         ShardStore(folder)
 
 
@@ -257,6 +263,29 @@ def test_a_missing_or_damaged_shard_is_named(size: int | None, tiny: Tiny, tmp_p
         ShardStore(folder)
 
 
-def test_tokens_in_shards_are_the_encoded_sentences(store: ShardStore) -> None:
-    sentence = store.row(0)["refs"][0]["sentences"][0]
-    assert sentence["tokens"] == encode(sentence["sent"])
+def test_tokens_can_come_from_the_raw_text(tiny: Tiny, tmp_path: Path) -> None:
+    record = tiny.records()[0]
+    sentence = replace(record.refs[0].sentences[0], sent="red star", raw="The RED thing, please")
+    said = replace(record, refs=(replace(record.refs[0], split="train", sentences=(sentence,)),))
+    options = ShardOptions(IMAGE_SIZE)
+    write_manifest(tmp_path, DATASET, options, [write_shard(tmp_path / "x.arrow", [said], tiny.raw, options)])
+    store = ShardStore(tmp_path)
+    cleaned, typed = (
+        TrainingBatches(store, "train", BatchPlan(1, 1, 0, text=text), tokens_of)[0]["tokens"].tolist()
+        for text in ("sent", "raw")
+    )
+    assert cleaned == [encode("red star")]
+    assert typed == [encode("The RED thing, please")]
+
+
+def test_the_tokens_are_those_of_whoever_asks(store: ShardStore) -> None:
+    """Shards know of no tokenizer: a batch holds what the given one makes of its sentences."""
+    heard: list[str] = []
+
+    def lengths(texts: Sequence[str]) -> torch.Tensor:
+        heard.extend(texts)
+        return torch.tensor([[len(text)] for text in texts])
+
+    batch = TrainingBatches(store, "train", BatchPlan(4, 2, 0), lengths)[1]
+    assert batch["tokens"].tolist() == [[len(text)] for text in heard]
+    assert len(heard) == 8

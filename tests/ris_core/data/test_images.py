@@ -1,96 +1,215 @@
+"""The one decoder: every kind of image gives the same pixels, and what is no image says so without being obeyed."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
-from refer_fixture import HTML, IMAGES_2014, IMAGES_2017, small_dataset, write_jpeg
+from PIL import EpsImagePlugin, Image, ImageFile
 
-from ris_core.data.images import check_images, locate_images
-from ris_core.data.refer_rows import ImageInfo
+from ris_core.data.images import FORMATS, BadImage, decode_image, load_image, opened, read_image
 from ris_core.errors import DataError
 
-IMAGES = [ImageInfo(n, f"COCO_train2014_{n:012d}.jpg", 80, 100) for n in range(1, 7)]
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n%%EndComments\n0 0 9 6 rectfill\nshowpage\n%%EOF\n"
+UNKNOWN = f"it is none of the image formats read here ({', '.join(FORMATS)})"
 
 
-def problems_of(root: Path, images: list[ImageInfo] = IMAGES) -> dict[int, tuple[str, str]]:
-    paths, missing = locate_images(root, images)
-    found = check_images(root, images, paths, missing, workers=2).problems
-    return {number: (problem.kind, problem.message) for number, problem in found.items()}
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
 
-@pytest.mark.parametrize("folder", [IMAGES_2014, "images/train2014", IMAGES_2017, "images/train2017"])
-def test_both_layouts_and_both_namings_are_found(tmp_path: Path, folder: str) -> None:
-    small_dataset().write(tmp_path, image_folder=folder)
-    paths, missing = locate_images(tmp_path, IMAGES)
-    assert not missing
-    stem = "" if folder.endswith("2017") else "COCO_train2014_"
-    assert paths == {n: f"{folder}/{stem}{n:012d}.jpg" for n in range(1, 7)}
-    decoded = check_images(tmp_path, IMAGES, paths, missing, workers=2)
-    assert decoded.problems == {}
-    assert decoded.not_rgb == 1  # image 3 is grey
+@pytest.fixture
+def picture(pixels: np.ndarray, tmp_path: Path) -> Path:
+    """A file that loses nothing."""
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
 
 
-def test_images_may_be_spread_over_folders(tmp_path: Path) -> None:
-    small_dataset().write(tmp_path, image_folder=IMAGES_2014)
-    small_dataset().write(tmp_path, image_folder=IMAGES_2017)
-    (tmp_path / IMAGES_2014 / IMAGES[1].file_name).unlink()
-    paths, missing = locate_images(tmp_path, IMAGES)
-    assert not missing
-    assert paths[1] == f"{IMAGES_2014}/COCO_train2014_000000000001.jpg"
-    assert paths[2] == f"{IMAGES_2017}/000000000002.jpg"
+@pytest.fixture
+def jpeg(tmp_path: Path) -> Path:
+    colours = np.random.default_rng(1).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(colours).save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
 
 
-def test_instances_of_2017_find_images_of_2014(tmp_path: Path) -> None:
-    small_dataset().write(tmp_path, image_folder="images/train2014")
-    images = [ImageInfo(n, f"{n:012d}.jpg", 80, 100) for n in range(1, 7)]
-    paths, missing = locate_images(tmp_path, images)
-    assert not missing
-    assert paths[5] == "images/train2014/COCO_train2014_000000000005.jpg"
+def png_that_claims(width: int, height: int) -> bytes:
+    """The beginning of a PNG of that size, as a decoder meets it before any pixel."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of grey
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64))
 
 
-def test_without_images_the_official_place_is_named(tmp_path: Path) -> None:
-    paths, missing = locate_images(tmp_path, IMAGES)
-    assert missing == {1, 2, 3, 4, 5, 6}
-    assert paths[1] == f"{IMAGES_2014}/COCO_train2014_000000000001.jpg"
-    with pytest.raises(DataError, match=r"no image folder; .*images/train2014.*train2014\.zip.*`check_images` off"):
-        check_images(tmp_path, IMAGES, paths, missing, workers=1)
+def test_every_kind_of_image_gives_the_same_pixels(pixels: np.ndarray, picture: Path) -> None:
+    with Image.open(picture) as image:
+        for given in (picture, str(picture), picture.read_bytes(), image, pixels):
+            found = read_image(given)
+            assert (found.dtype, found.shape) == (np.uint8, (6, 9, 3))
+            assert np.array_equal(found, pixels)
+    assert np.array_equal(load_image(picture), pixels)
+    assert np.array_equal(decode_image(picture.read_bytes()), pixels)
 
 
-def test_every_bad_image_is_named_with_its_fault(tmp_path: Path) -> None:
-    small_dataset().write(tmp_path)
-    places = {image.image_id: tmp_path / IMAGES_2014 / image.file_name for image in IMAGES}
-    places[1].unlink()
-    places[2].write_bytes(places[2].read_bytes()[:-200])
-    places[3].write_bytes(HTML)
-    write_jpeg(places[4], 80, 100)
-    places[5].write_bytes(b"")
-    name = f"{IMAGES_2014}/COCO_train2014_00000000000"
-    found = problems_of(tmp_path)
-    assert found.pop(2)[1].startswith(f"image 2: {name}2.jpg cannot be decoded (image file is truncated")
-    assert found == {
-        1: ("missing_image", f"image 1: {name}1.jpg is missing"),
-        3: ("undecodable_image", f"image 3: {name}3.jpg cannot be decoded (no image format that Pillow knows)"),
-        4: ("wrong_image_size", f"image 4: {name}4.jpg is 80x100 pixels, instances.json says 100x80"),
-        5: ("undecodable_image", f"image 5: {name}5.jpg cannot be decoded (no image format that Pillow knows)"),
-    }
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_named_is_read_by_what_it_holds(format: str, pixels: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "no-ending"
+    Image.fromarray(pixels).save(path, format)
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(read_image(path), expected)
+    assert np.array_equal(read_image(path.read_bytes()), expected)
 
 
-@pytest.mark.parametrize("size", [(640, 480), (33, 7), (1, 1)])
-def test_a_cut_jpeg_is_found_at_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
-    width, height = size
-    image = [ImageInfo(1, "COCO_train2014_000000000001.jpg", height, width)]
-    (tmp_path / IMAGES_2014).mkdir(parents=True)
-    place = tmp_path / IMAGES_2014 / image[0].file_name
-    write_jpeg(place, width, height)
-    assert problems_of(tmp_path, image) == {}
-    whole = place.read_bytes()
-    for share in (0.5, 0.9, 0.99):
-        place.write_bytes(whole[: int(len(whole) * share)])
-        assert problems_of(tmp_path, image)[1][0] == "undecodable_image"
+def test_a_photo_with_a_second_picture_in_it_is_its_first(tmp_path: Path) -> None:
+    """MPO, as cameras write: a JPEG that others follow."""
+    red, blue = (Image.new("RGB", (9, 6), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "stereo.jpg", "MPO", save_all=True, append_images=[blue])
+    with Image.open(tmp_path / "stereo.jpg") as image:
+        assert image.format == "MPO"
+    assert read_image(tmp_path / "stereo.jpg")[0, 0].tolist() == [254, 0, 0]
 
 
-def test_exif_rotation_does_not_change_the_size(tmp_path: Path) -> None:
-    (tmp_path / IMAGES_2014).mkdir(parents=True)
+def test_grey_palette_transparent_and_print_images_become_rgb(tmp_path: Path) -> None:
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
+        place = tmp_path / "picture.tif"
+        Image.new(mode, (9, 6)).save(place)
+        for given in (place, place.read_bytes(), Image.new(mode, (9, 6))):
+            found = read_image(given)
+            assert (found.dtype, found.shape) == (np.uint8, (6, 9, 3))
+
+
+def test_orientation_is_ignored_as_in_coco(jpeg: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
-    Image.new("RGB", (100, 80)).save(tmp_path / IMAGES_2014 / IMAGES[0].file_name, exif=exif)
-    assert problems_of(tmp_path, IMAGES[:1]) == {}
+    with Image.open(jpeg) as image:
+        image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (60, 90, 3)
+
+
+def test_no_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+
+    class Started(Exception):
+        pass
+
+    def start(*arguments: object, **_: object) -> None:
+        started.append(arguments)
+        raise Started
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    places = [tmp_path / name for name in ("drawing.eps", "drawing.jpg")]
+    for place in places:
+        place.write_bytes(EPS)
+    with pytest.raises(Started), Image.open(places[0]) as image:
+        image.load()  # what Pillow alone does with it
+    assert len(started) == 1
+    for given in (*places, *map(str, places), EPS):
+        with pytest.raises(BadImage) as caught:
+            read_image(given)
+        assert caught.value.reason == UNKNOWN
+    assert len(started) == 1
+
+
+def test_too_many_pixels_are_refused_with_the_limit(tmp_path: Path) -> None:
+    place = tmp_path / "bomb.png"
+    place.write_bytes(png_that_claims(20_000, 20_000))
+    for given in (place, place.read_bytes()):
+        with pytest.raises(BadImage) as caught:
+            read_image(given)
+        assert "400000000 pixels" in caught.value.reason
+        assert f"limit of {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels" in caught.value.reason
+        assert caught.value.reason.endswith("give a smaller copy of it")
+        assert "give a JPEG or PNG" not in str(caught.value)
+        assert "attack" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://example.org/a.jpg", "https://example.org/a.jpg?size=1"])
+def test_an_address_is_not_fetched(address: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_image(address)
+    assert str(caught.value) == (
+        f"{address} is an address, and nothing is fetched here: download the image and give its path"
+    )
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for given in (tmp_path / "nowhere.jpg", str(tmp_path / "nowhere.jpg")):
+        with pytest.raises(DataError) as caught:
+            read_image(given)
+        assert str(caught.value) == f"no image at {tmp_path}/nowhere.jpg"
+    with pytest.raises(BadImage) as missed:
+        load_image(tmp_path / "nowhere.jpg")
+    assert missed.value.reason == "No such file or directory"
+
+
+def test_a_text_is_no_image(tmp_path: Path) -> None:
+    place = tmp_path / "page.jpg"
+    place.write_text("<html>404 Not Found</html>")
+    with pytest.raises(BadImage) as caught:
+        read_image(place)
+    assert str(caught.value) == f"{place} cannot be used: {UNKNOWN}"
+    with pytest.raises(BadImage) as caught:
+        read_image(b"no image")
+    assert str(caught.value) == f"an image of 8 bytes cannot be used: {UNKNOWN}"
+    with pytest.raises(BadImage, match=r"an image of 0 bytes cannot be used: it is none of"):
+        read_image(b"")
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(BadImage) as caught:
+        read_image(tmp_path)
+    assert str(caught.value) == f"{tmp_path} cannot be used: Is a directory"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_a_cut_photo_is_refused_not_filled_with_grey(share: float, jpeg: Path) -> None:
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    content = jpeg.read_bytes()
+    jpeg.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(BadImage, match=r"photo\.jpg cannot be used: ") as caught:
+        read_image(jpeg)
+    assert "truncated" in caught.value.reason
+    assert str(jpeg.parent) not in caught.value.reason
+    with pytest.raises(BadImage, match=r"an image of \d+ bytes cannot be used: .*truncated"):
+        read_image(jpeg.read_bytes())
+
+
+def test_damage_that_pillow_calls_a_syntax_error(picture: Path) -> None:
+    content = bytearray(picture.read_bytes())
+    content[37:41] = b"\xff\xff\xff\xff"  # the length of a chunk
+    picture.write_bytes(content)
+    with pytest.raises(BadImage, match=r"picture\.png cannot be used: "):
+        read_image(picture)
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 5, 3)), np.zeros((4, 5), np.uint8), np.zeros((0, 5, 3), np.uint8)])
+def test_an_array_must_hold_rgb_bytes(array: np.ndarray) -> None:
+    with pytest.raises(DataError) as caught:
+        read_image(array)
+    assert str(caught.value) == f"an image array must be uint8 (H, W, 3) RGB; got {array.dtype} {array.shape}"
+
+
+def test_an_open_image_is_closed_afterwards(picture: Path) -> None:
+    with opened(picture, "it") as image:
+        file = image.fp
+        assert image.size == (9, 6)
+        assert file is not None
+        assert not file.closed
+    assert file.closed
+
+
+def test_what_goes_wrong_inside_the_block_has_the_given_name(jpeg: Path) -> None:
+    jpeg.write_bytes(jpeg.read_bytes()[:-900])
+    with (
+        pytest.raises(BadImage, match="the photo cannot be used: image file is truncated"),
+        opened(jpeg, "the photo") as p,
+    ):
+        p.load()

@@ -16,9 +16,17 @@ TOKENS = json.loads((GOLDEN / "cris_transform.json").read_text())["tokens"]
 
 
 def test_tokens_equal_the_official_ones() -> None:
-    assert tokenize(TOKENS["sents"], 17).tolist() == TOKENS["ids_len17"]
-    texts = list(TOKENS["more"])
-    assert tokenize(texts, 17).tolist() == [TOKENS["more"][text] for text in texts]
+    more = list(TOKENS["more"])
+    for texts, official in ((TOKENS["sents"], TOKENS["ids_len17"]), (more, [TOKENS["more"][text] for text in more])):
+        assert pad_token_batch([encode(text) for text in texts], 17).tolist() == official
+        longest = max(sum(token != 0 for token in row) for row in official)
+        assert tokenize(texts, 17).tolist() == [row[:longest] for row in official]
+
+
+def test_a_batch_is_cut_at_the_length_and_no_longer_than_its_longest_text() -> None:
+    assert tokenize(["left guy", TOKENS["long"]], 17)[1].tolist() == TOKENS["long_ids_len17"]
+    assert tokenize(["left guy", "the man on the left"], 17).shape == (2, 7)
+    assert tokenize([], 17).shape == (0, 17)
 
 
 @pytest.mark.parametrize("length", [17, 22])

@@ -15,12 +15,13 @@ from tiny_world import IMAGE_SIZE, Tiny
 
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
+from ris_core.data.images import BadImage
 from ris_core.data.records import ImageRecord, Instance, Reference, Sentence
-from ris_core.data.shards import BadImage, ShardOptions, write_manifest, write_shard
+from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.errors import DataError
 from ris_core.evaluation.behaviour import Strangers, behaviour, mask_iou, swap_sides
 from ris_core.models.clip import load_saved_clip
-from ris_core.models.systems import build_model, export_model
+from ris_core.models.registry import ModelInfo, build_model, export_model
 from ris_core.predictor import Prediction, RISPredictor
 
 HEIGHT, WIDTH = 24, 40
@@ -280,12 +281,11 @@ def test_errors_are_told(store: ShardStore, tmp_path: Path) -> None:
 
 def test_a_real_model_can_be_asked(tiny: Tiny, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    config = tiny.params().cris.model
+    config = tiny.params().of("cris").model
     model = build_model("cris", config, load_saved_clip(tiny.clip))
     with torch.no_grad():  # spread the answers of the untrained model around the threshold
         model.get_parameter("proj.txt.weight").mul_(4)
-    info = {"word_len": 12, "image_size": IMAGE_SIZE}
-    export_model(tmp_path, "cris", model.state_dict(), config, tiny.clip, info)
+    export_model(tmp_path, "cris", model.state_dict(), config, tiny.clip, ModelInfo(IMAGE_SIZE, word_len=12))
     predictor = RISPredictor.from_folder(tmp_path)
     found, again = (behaviour(predictor, tiny.store(), tiny.raw, "train", 8, 1) for _ in range(2))
     assert found == again

@@ -1,11 +1,10 @@
-"""Counts against hand-made modules whose cost is known; times only have to be there."""
+"""Counts against hand-made modules whose cost is known."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,39 +14,49 @@ from torch import nn
 from torch.nn import functional as F
 
 from ris_core.errors import DataError
-from ris_core.evaluation.cost import cost, device_name, matmul_rate, trained_parameters
+from ris_core.evaluation.cost import cost, trained_parameters
 from ris_core.models.clip import load_saved_clip
-from ris_core.models.systems import build_model, export_model
+from ris_core.models.contract import MapSystem, Role, SystemConfig
+from ris_core.models.losses import LossParams
+from ris_core.models.registry import ModelInfo, build_model, export_model
 from ris_core.predictor import Prediction, RISPredictor
 
-KEYS = {
-    "parameters",
-    "trained_parameters",
-    "gflop_image",
-    "gflop_expression",
-    "ms_first",
-    "ms_next",
-    "device",
-    "gflop_per_s_matmul",
-    "floor_ms_first",
-}
+KEYS = {"parameters", "trained_parameters", "gflop_image", "gflop_expression"}
 RGB = np.zeros((6, 8, 3), np.uint8)
 
 
-class Model(nn.Module):
+class Model(MapSystem[torch.Tensor, torch.Tensor]):
     """A layer for images; one for texts, tied to a third that costs nothing; the latter two are trained."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(None, SystemConfig())
         self.image, self.text, self.tied = nn.Linear(3, 5), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
         self.tied.weight = self.text.weight
+        self.image.requires_grad_(False)
 
-    def param_groups(
-        self, lr: float, backbone_lr_multiplier: float = 0.1, pos_embed_group: str = "head"
-    ) -> list[dict[str, Any]]:
-        assert pos_embed_group in ("head", "backbone")
-        slow = {"params": list(self.text.parameters()), "lr": lr * backbone_lr_multiplier}
-        return [slow, {"params": [self.tied.weight, self.tied.bias], "lr": lr}]
+    def trained(self) -> Iterator[tuple[Role, nn.Parameter]]:
+        """The shared tensor twice."""
+        yield from (("backbone", parameter) for parameter in self.text.parameters())
+        yield from (("head", parameter) for parameter in self.tied.parameters())
+
+    def role(self, name: str) -> Role:
+        raise NotImplementedError
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def segment(
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class Fake:
@@ -114,7 +123,7 @@ SELF_ATTENTION = 2 * 6 * 8 * (3 * 8) + 2 * (2 * 6 * 6 * 8) + 2 * 6 * 8 * 8  # pr
     ids=["attention", "encoder", "gru", "convolution"],
 )
 def test_fused_kernels_are_not_free(layer: nn.Module, expected: int) -> None:
-    assert cost(of_layer(layer), RGB, ["a"], 1)["gflop_image"] == pytest.approx(1e-9 * expected)
+    assert cost(of_layer(layer), RGB, ["a"])["gflop_image"] == pytest.approx(1e-9 * expected)
 
 
 def test_settings_of_torch_are_left_as_they_were() -> None:
@@ -129,78 +138,34 @@ def test_settings_of_torch_are_left_as_they_were() -> None:
 
     before = settings()
     assert before[:2] == [True, True], "an earlier count has left its settings behind"
-    cost(Fake(Model()), RGB, ["a"], 1)
+    cost(Fake(Model()), RGB, ["a"])
     assert settings() == before
     with pytest.raises(DataError, match="no such image"):
-        cost(Failing(Model()), RGB, ["a"], 1)
+        cost(Failing(Model()), RGB, ["a"])
     assert settings() == before
-
-
-def test_timing_takes_the_expressions_in_turn_after_a_warm_up() -> None:
-    fake = Fake(Model())
-    cost(fake, RGB, ["a", "bb", "ccc"], 2)
-    counted, timed = fake.calls[:4], fake.calls[4:]
-    assert counted == ["image", "a", "bb", "ccc"]
-    assert timed == ["image", "a", "bb", "image", "bb", "ccc", "image", "ccc", "a"]
-
-
-def test_the_best_is_of_the_repeats_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that says how long each step took: the warm-up half a second, then first answers of 5, 1 and 3 seconds."""
-    steps = iter([0.5, 0.05, 5.0, 0.4, 1.0, 0.2, 3.0, 0.1] + [0.25] * 5)
-    now, running = 0.0, False
-
-    def clock() -> float:
-        nonlocal now, running
-        now, running = now + (next(steps) if running else 0), not running
-        return now
-
-    monkeypatch.setattr("ris_core.evaluation.cost.time.perf_counter", clock)
-    monkeypatch.setattr("ris_core.evaluation.cost.MATMUL_SIDE", {"cpu": 100})
-    found = cost(Fake(Model()), RGB, ["abc"], 3)
-    assert (found["ms_first"], found["ms_next"]) == (pytest.approx(1000), pytest.approx(100))
-    assert found["gflop_per_s_matmul"] == pytest.approx(2e6 / 0.25 / 1e9)
-    assert found["floor_ms_first"] == pytest.approx(1e3 * (2 * 6 * 8 * 3 * 5 + 2 * 3 * 16) / (2e6 / 0.25))
 
 
 def test_models_of_other_kinds() -> None:
     assert trained_parameters(nn.Linear(3, 4)) == 0
     bare = nn.ModuleDict({"image": nn.Identity(), "text": nn.Identity()})
-    found = cost(Fake(bare), RGB, ["a"], 1)
-    assert [found[name] for name in ("parameters", "gflop_image", "gflop_expression", "floor_ms_first")] == [0, 0, 0, 0]
-
-
-def test_the_device_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    for threads, words in ((1, "cpu, 1 thread"), (2, "cpu, 2 threads")):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert device_name(torch.device("cpu")) == words
-    assert cost(Fake(Model()), RGB, ["a"], 1)["device"] == "cpu, 2 threads"
+    found = cost(Fake(bare), RGB, ["a"])
+    assert found == dict.fromkeys(KEYS, 0)
 
 
 def test_errors_are_told() -> None:
     for nothing in ((), "the red star"):
         with pytest.raises(DataError, match="cost needs a list of at least one expression to ask; got "):
             cost(Fake(Model()), RGB, nothing)
-    with pytest.raises(DataError, match="best of 0 repeats: use 1 or more"):
-        cost(Fake(Model()), RGB, ["a"], 0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu() -> None:
-    device = torch.device("cuda", 0)
-    assert device_name(device) == torch.cuda.get_device_name(0)
-    assert math.isfinite(matmul_rate(device))
 
 
 @pytest.mark.parametrize("system", ["cris", "risclip", "lts"])
 def test_a_real_model_has_a_cost(system: str, tiny: Tiny, tmp_path: Path) -> None:
-    config = getattr(tiny.params(), system).model
+    config = tiny.params().of(system).model
     clip = tiny.clip_vit if system == "risclip" else tiny.clip
     model = build_model(system, config, load_saved_clip(clip))
-    export_model(tmp_path, system, model.state_dict(), config, clip, {"word_len": 12, "image_size": IMAGE_SIZE})
-    found = cost(RISPredictor.from_folder(tmp_path), RGB, ["the red star", "left"], 1)
+    export_model(tmp_path, system, model.state_dict(), config, clip, ModelInfo(IMAGE_SIZE, word_len=12))
+    found = cost(RISPredictor.from_folder(tmp_path), RGB, ["the red star", "left"])
     assert set(found) == KEYS
-    numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
-    assert set(found) - set(numbers) == {"device"}
-    assert all(math.isfinite(value) and value > 0 for value in numbers.values())
-    assert numbers["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert numbers["trained_parameters"] < numbers["parameters"]
+    assert all(math.isfinite(value) and value > 0 for value in found.values())
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["trained_parameters"] < found["parameters"]

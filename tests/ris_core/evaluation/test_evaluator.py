@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,16 +20,20 @@ from ris_core.data.letterbox import letterbox_mask, unletterbox
 from ris_core.data.records import ImageRecord
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.data.text import END_ID, encode, expression_kind
+from ris_core.errors import ConfigError
 from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
 from ris_core.evaluation.evaluator import TABLE_SCHEMA, evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
 from ris_core.evaluation.queries import queries_of, shuffled
 from ris_core.models.clip import load_saved_clip, normalise
-from ris_core.models.systems import build_model
+from ris_core.models.contract import MapSystem, Role, SystemConfig
+from ris_core.models.losses import LossParams
+from ris_core.models.registry import build_model
 
 OURS = PROTOCOLS["ours"]
 FINE = 320  # four times the pictures' own size, so that a mask survives the way there and back
 WORD_LEN = 22
+Features = TypeVar("Features")
 
 
 def write_store(folder: Path, records: list[ImageRecord], raw: Path, size: int) -> ShardStore:
@@ -51,12 +55,32 @@ def store(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> ShardStore:
     return write_store(tmp_path_factory.mktemp("fine") / "shards", records, tiny.raw, FINE)
 
 
-class Oracle(nn.Module):
+class Untrained(MapSystem[Features, torch.Tensor]):
+    """What systems that are only asked have in common."""
+
+    stride = 4
+
+    def __init__(self) -> None:
+        super().__init__(None, SystemConfig())
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        raise NotImplementedError
+
+    def role(self, name: str) -> Role:
+        return "head"
+
+
+class Oracle(Untrained[list[int]]):
     """Knows every image by its pixels and every expression by its tokens; marks the object that `choose` says."""
 
     def __init__(self, store: ShardStore, wrong: bool = False):
         super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
         self.store, self.wrong = store, wrong
         self.images = {self.key(store.pixels(i)): i for i in range(len(store))}
         self.encoded: list[int] = []
@@ -71,7 +95,10 @@ class Oracle(nn.Module):
         self.encoded.append(len(found))
         return found
 
-    def segment(self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+    def segment(
+        self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert image_index is not None
         maps = [self.map(features[i], row.tolist()) for i, row in zip(image_index.tolist(), tokens, strict=True)]
         return torch.from_numpy(np.stack(maps))[:, None]
 
@@ -85,12 +112,11 @@ class Oracle(nn.Module):
         return np.clip(np.log(soft + 1e-4) - np.log(1 - soft + 1e-4), -9, 9).astype(np.float32)
 
 
-class Constant(nn.Module):
+class Constant(Untrained[int]):
     """The same probability everywhere; remembers what it was given."""
 
     def __init__(self, probability: float = 0.4):
         super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
         self.logit = math.log(probability / (1 - probability))
         self.tokens: list[list[int]] = []
         self.shapes: list[tuple[int, ...]] = []
@@ -98,13 +124,13 @@ class Constant(nn.Module):
     def encode_image(self, images: torch.Tensor) -> int:
         return len(images)
 
-    def segment(self, features: int, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+    def segment(self, features: int, tokens: torch.Tensor, image_index: torch.Tensor | None = None) -> torch.Tensor:
         self.tokens += tokens.tolist()
         self.shapes.append(tuple(tokens.shape))
         return torch.full((len(tokens), 1, 80, 80), self.logit)
 
 
-def table_of(model: nn.Module, store: ShardStore, protocol: Protocol = OURS, **options: Any) -> pa.Table:
+def table_of(model: MapSystem, store: ShardStore, protocol: Protocol = OURS, **options: Any) -> pa.Table:
     queries = queries_of(store, "val", protocol)
     return evaluate(MapAnswers(model, WORD_LEN), store, queries, protocol, split="val", **options)
 
@@ -157,9 +183,49 @@ def test_batches_change_nothing(store: ShardStore) -> None:
         assert table_of(Oracle(store), store, images_per_batch=per_batch).equals(one)
 
 
+class Listening(Constant):
+    """Remembers how precisely it is asked to multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[torch.dtype] = []
+
+    def encode_image(self, images: torch.Tensor) -> int:
+        self.precisions.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return super().encode_image(images)
+
+    def segment(self, features: int, tokens: torch.Tensor, image_index: torch.Tensor | None = None) -> torch.Tensor:
+        self.precisions.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return super().segment(features, tokens, image_index)
+
+
+def test_a_model_is_asked_in_the_precision_that_is_named(store: ShardStore) -> None:
+    queries = queries_of(store, "val", OURS)[:1]
+    for name, dtype in (("fp32", torch.float32), ("auto", torch.float32), ("bf16", torch.bfloat16)):
+        model = Listening()
+        evaluate(MapAnswers(model, WORD_LEN, precision=name), store, queries, OURS, split="val")
+        assert model.precisions == [dtype, dtype], name
+    with pytest.raises(ConfigError, match="precision fp16 needs a GPU"):
+        MapAnswers(Listening(), WORD_LEN, precision="fp16")(store, queries, OURS)
+
+
+def test_lower_precision_answers_nearly_the_same(tiny: Tiny) -> None:
+    torch.manual_seed(0)
+    model = build_model("cris", tiny.params().of("cris").model, load_saved_clip(tiny.clip))
+    assert isinstance(model, MapSystem)
+    store, queries = tiny.store(), queries_of(tiny.store(), "val", OURS)
+    fine, rough = (
+        MapAnswers(model, WORD_LEN, precision=name)(store, queries, OURS)[queries[0].image] for name in ("fp32", "bf16")
+    )
+    assert fine.masks.any()
+    assert rough.scores.dtype == torch.float32
+    assert (fine.masks == rough.masks).float().mean() > 0.9
+
+
 def test_a_real_model_answers_alike_in_any_batch(tiny: Tiny) -> None:
     torch.manual_seed(0)
-    model = build_model("cris", tiny.params().cris.model, load_saved_clip(tiny.clip))
+    model = build_model("cris", tiny.params().of("cris").model, load_saved_clip(tiny.clip))
+    assert isinstance(model, MapSystem)
     tables = [table_of(model, tiny.store(), images_per_batch=count).to_pylist() for count in (1, 6)]
     assert not model.training
     for one, other in zip(*tables, strict=True):
@@ -171,9 +237,11 @@ def test_a_real_model_answers_alike_in_any_batch(tiny: Tiny) -> None:
 class Coarse(Oracle):
     """Marks the right object in its masks and everything in its map."""
 
-    stride = 4
+    locates = True
 
-    def locate(self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+    def locate(
+        self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return torch.full((len(tokens), 1, 4, 4), 5.0)
 
 
@@ -304,7 +372,7 @@ def test_shards_resampled_exactly_are_read_so(store: ShardStore, monkeypatch: py
         modes.append(mode)
         return unletterbox(maps, height, width, size, mode, upsampling)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("ris_core.evaluation.answers.unletterbox", watched)
+    monkeypatch.setattr("ris_core.models.answer.unletterbox", watched)
     monkeypatch.setattr(store, "resample", "exact")
     assert table_of(Oracle(store), store).num_rows == before.num_rows
     assert set(modes) == {"exact"}

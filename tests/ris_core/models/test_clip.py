@@ -206,8 +206,11 @@ def test_all_misfits_are_listed_at_once(clip: CLIP, tmp_path: Path) -> None:
 def test_a_file_that_is_no_weights_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text("<html>404</html>")
+    with pytest.raises(WeightsError, match=r"page\.\w+ is a saved web page, not weights: it begins '<html>404"):
+        load_clip(SMALL, path)
+    path.write_bytes(b"\x01\x02\x03")
     with pytest.raises(
-        WeightsError, match=r"page\.\w+ is not readable as safetensors, a TorchScript archive or a plain"
+        WeightsError, match=r"page\.\w+ is not readable as safetensors, a TorchScript archive or a state dict"
     ):
         load_clip(SMALL, path)
 
@@ -215,7 +218,7 @@ def test_a_file_that_is_no_weights_is_refused(tmp_path: Path, name: str) -> None
 def test_a_pickle_of_code_is_never_run(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(nn.Linear(2, 2), path)
-    with pytest.raises(WeightsError, match="not readable"):
+    with pytest.raises(WeightsError, match=r"torch\.nn\.modules\.linear\.Linear.* is not opened here"):
         load_clip(SMALL, path)
 
 
@@ -224,6 +227,59 @@ def test_a_file_of_other_things_is_refused(tmp_path: Path) -> None:
     torch.save({"accuracy": 0.5}, path)
     with pytest.raises(WeightsError, match="holds no state dict"):
         load_clip(SMALL, path)
+
+
+def test_a_whole_training_checkpoint_loads(clip: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "epoch_3.pt"
+    optimizer = torch.optim.AdamW(clip.parameters())
+    state = {f"module.{key}": value for key, value in clip.state_dict().items()}
+    torch.save(
+        {"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer.state_dict(), "scaler": {}}, path
+    )
+    assert same(load_clip(SMALL, path), clip)
+
+
+def test_all_tensors_of_a_model_load_with_its_causal_mask(clip: CLIP, tmp_path: Path) -> None:
+    tensors = dict(clip.named_parameters()) | dict(clip.named_buffers())
+    assert torch.isneginf(tensors["attn_mask"]).any()
+    torch.save(tensors, tmp_path / "all.pt")
+    assert same(load_clip(SMALL, tmp_path / "all.pt"), clip)
+
+
+def test_the_home_folder_may_be_written_short(clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_clip(clip, tmp_path / "clip", SMALL, {})
+    assert same(load_clip(SMALL, f"~/{write(clip, 'state dict', tmp_path).name}"), clip)
+    assert same(load_clip(SMALL, "~/clip"), clip)
+    assert same(load_saved_clip("~/clip"), clip)
+    with pytest.raises(WeightsError, match=r"no CLIP weights '~/nowhere\.pt': no such file or folder"):
+        load_clip(SMALL, "~/nowhere.pt")
+
+
+def test_the_names_of_transformers_are_recognised(clip: CLIP, tmp_path: Path) -> None:
+    state = {"logit_scale": torch.ones(()), "vision_model.post_layernorm.weight": torch.ones(3)}
+    state["text_model.encoder.layers.0.layer_norm1.weight"] = torch.ones(3)
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, tmp_path / "pytorch_model.bin")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        with pytest.raises(WeightsError, match=rf"{name} has the names that .*transformers gives.*give open_clip's"):
+            load_clip(SMALL, tmp_path / name)
+
+
+def test_a_folder_that_no_clip_was_saved_in_names_the_weights_files_there(clip: CLIP, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no saved CLIP in .*clip\.json is missing; run the stage that writes it$"):
+        load_clip(SMALL, tmp_path)
+    write(clip, "state dict", tmp_path)
+    (tmp_path / "README.md").touch()
+    with pytest.raises(WeightsError, match=r"writes it, or give a file in it \(weights\.pt\)$"):
+        load_clip(SMALL, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [{"width": "4"}, {"width": 0}, {"layers": [1]}, {"wide": 4}, {"width": None}])
+def test_an_architecture_that_cannot_be_built_is_told(sizes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no CLIP can be built of"):
+        build_clip({**SMALL, "vision_cfg": {**SMALL["vision_cfg"], **sizes}})
 
 
 # Saving
@@ -256,6 +312,55 @@ def test_half_a_saved_clip_is_never_taken_for_a_whole_one(clip: CLIP, tmp_path: 
         load_saved_clip(tmp_path)
     (tmp_path / "clip.json").unlink()
     with pytest.raises(WeightsError, match=r"no saved CLIP in .*clip\.json is missing"):
+        load_saved_clip(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"architecture": None}, "architecture: expected dict, found None"),
+        ({"architecture": "RN50"}, "architecture: expected dict, found 'RN50'"),
+        ({"architecture": {}}, "embed_dim: missing\n  - vision_cfg: missing\n  - text_cfg: missing"),
+        ({"architecture": {**SMALL, "embed_dim": "24"}}, "embed_dim: expected int, found '24'"),
+        ({"architecture": {**SMALL, "embed_dim": True}}, "embed_dim: expected int, found True"),
+        ({"architecture": {**SMALL, "vision_cfg": []}}, r"vision_cfg: expected dict, found \[\]"),
+        ({"architecture": {**SMALL, "quick_gelu": "no"}}, "quick_gelu: expected bool, found 'no'"),
+        ({"architecture": {**SMALL, "vision_cfg": {"layers": [1, 1, 1, 1]}}}, "vision_cfg: width missing"),
+        ({"weights_sha256": 5, "extra": []}, r"weights_sha256: expected str, found 5\n  - extra: expected dict"),
+        (
+            {"architecture": {**SMALL, "custom_text": True}},
+            r"clip\.json is damaged: .*not understood \['custom_text'\]",
+        ),
+        ({"architecture": {**SMALL, "text_cfg": {"width": "x"}}}, r"clip\.json is damaged: no CLIP can be built of"),
+        ({"architecture": {**SMALL, "embed_dim": 0}}, r"clip\.json is damaged|does not fit"),
+    ],
+)
+def test_a_changed_description_of_a_clip_is_told(
+    change: dict[str, Any], problem: str, clip: CLIP, tmp_path: Path
+) -> None:
+    save_clip(clip, tmp_path, SMALL, {})
+    content = json.loads((tmp_path / "clip.json").read_text())
+    (tmp_path / "clip.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(WeightsError, match=problem):
+        load_saved_clip(tmp_path)
+    for key in content:
+        (tmp_path / "clip.json").write_text(json.dumps({name: content[name] for name in content if name != key}))
+        with pytest.raises(WeightsError, match=rf"clip\.json is damaged \(1 problem\):\n  - {key}: missing"):
+            read_clip_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clip.json", "clip.safetensors"])
+def test_a_damaged_file_of_a_saved_clip_is_told(name: str, clip: CLIP, tmp_path: Path) -> None:
+    save_clip(clip, tmp_path, SMALL, {})
+    whole = (tmp_path / name).read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"access denied", b"version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / name).write_bytes(content)
+        for load in (load_saved_clip, lambda folder: load_clip(SMALL, folder)):
+            with pytest.raises(WeightsError, match=rf"^{tmp_path}/{name} is "):
+                load(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(WeightsError, match=rf"^{tmp_path}/{name} is a folder"):
         load_saved_clip(tmp_path)
 
 

@@ -12,13 +12,17 @@ from tiny_world import Tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ris_core.config import LossParams, Params
+from ris_core.config import Params
+from ris_core.device import autocast, resolved_precision
 from ris_core.errors import ConfigError, WeightsError
 from ris_core.models.clip import load_saved_clip
-from ris_core.models.systems import build_model
+from ris_core.models.contract import MapSystem
+from ris_core.models.cris import CRISConfig
+from ris_core.models.losses import LossParams
+from ris_core.models.registry import build_model
 from ris_core.training import loop
 from ris_core.training.checkpoint import Checkpoint
-from ris_core.training.loop import Trainer, moving_average, precision
+from ris_core.training.loop import Trainer, moving_average
 from ris_core.training.run import initial_model, make_trainer
 from ris_core.training.runtime import LocalRuntime
 
@@ -27,19 +31,24 @@ STEPS = 5
 
 def cris_trainer(tiny: Tiny, params: Params, runtime: LocalRuntime) -> Trainer:
     """A trainer of CRIS with fresh layers."""
-    model = build_model("cris", params.cris.model, load_saved_clip(tiny.clip))
-    model.load_state_dict(initial_model(params, "cris", tiny.clip, None))
-    return make_trainer(model, params.cris.train, tiny.store(), runtime)
+    section = params.of("cris")
+    model = build_model("cris", section.model, load_saved_clip(tiny.clip))
+    model.load_state_dict(initial_model(section, "cris", tiny.clip, None, params.train.seed))
+    assert isinstance(model, MapSystem)
+    assert section.train is not None
+    return make_trainer(model, section.train, tiny.store(), runtime)
 
 
 def trainer_of(tiny: Tiny, runtime: LocalRuntime, **train: Any) -> Trainer:
     """A trainer with everything on that has a state: weight average, dropout, warm-up, gradient clipping."""
     params = tiny.params()
+    section = params.of("cris")
     chosen = {"steps_per_epoch": STEPS, "ema_decay": 0.7, "warmup_steps": 3, "clip_grad_norm": 1.0, **train}
     for name, value in chosen.items():
-        assert hasattr(params.cris.train, name)
-        setattr(params.cris.train, name, value)
-    assert params.cris.model.dropout > 0
+        assert hasattr(section.train, name)
+        setattr(section.train, name, value)
+    assert isinstance(section.model, CRISConfig)
+    assert section.model.dropout > 0
     return cris_trainer(tiny, params, runtime)
 
 
@@ -170,7 +179,7 @@ def test_a_finished_run_is_not_trained_again(tiny: Tiny, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), epochs=1, steps_per_epoch=1).fit()
     params = tiny.params()
-    object.__setattr__(params.cris.model, "ffn_dim", 48)
+    object.__setattr__(params.of("cris").model, "ffn_dim", 48)
     with pytest.raises(WeightsError, match="The checkpoint of this run does not fit its model") as caught:
         cris_trainer(tiny, params, LocalRuntime(tmp_path, "cpu"))
     assert "shape of decoder.layers.0.ffn.0.weight: [32, 32] in the weights, [48, 32] in the model" in str(caught.value)
@@ -200,7 +209,7 @@ def test_with_an_average_it_is_the_average_that_is_scored_and_kept(tiny: Tiny, t
     scored: list[nn.Module] = []
     real = trainer.validate
 
-    def watched(model: nn.Module) -> dict[str, float]:
+    def watched(model: MapSystem) -> dict[str, float]:
         scored.append(model)
         assert all(not buffer.isnan().any() for buffer in model.buffers() if buffer.is_floating_point())
         return real(model)
@@ -315,14 +324,21 @@ def test_bfloat16_trains(tiny: Tiny, tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
-def test_auto_precision_is_full_on_a_cpu() -> None:
+def test_auto_precision_is_full_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None:
     for name in ("auto", "fp32"):
-        context, scaler = precision(name, torch.device("cpu"))
-        with context:
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-        assert not scaler.is_enabled()
-    with precision("bf16", torch.device("cpu"))[0]:
+        trainer = trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), precision=name)
+        for context in (autocast(name, torch.device("cpu")), trainer.autocast):
+            with context:
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert resolved_precision(name, torch.device("cpu")) == "fp32"
+        assert not trainer.scaler.is_enabled()
+    with autocast("bf16", torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_half_precision_needs_a_gpu(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision fp16 needs a GPU; use auto, which is fp32 on a CPU"):
+        trainer_of(tiny, LocalRuntime(tmp_path, "cpu"), precision="fp16")
 
 
 def test_a_diverged_run_stops_and_keeps_what_it_had(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,25 +9,46 @@ import pytest
 import torch
 from torch import nn
 
-from ris_core.config import TrainParams, load_params
+from ris_core.config import load_params
+from ris_core.models.contract import MapSystem, Role, SystemConfig
+from ris_core.models.losses import LossParams
 from ris_core.training.optim import learning_rate_factor, make_optimizer, set_learning_rates
+from ris_core.training.params import TrainParams
 
 ROOT = Path(__file__).parents[3]
 
 
-def groups_of(module: nn.Module, params: TrainParams) -> list[dict]:
-    """As the training loop hands them over: half of the module is "backbone"."""
-    weights = list(module.parameters())
-    backbone, head = weights[:2], weights[2:]
-    rate = params.lr * params.backbone_lr_multiplier
-    return [
-        {"name": "backbone", "params": backbone, "lr": rate, "initial_lr": rate},
-        {"name": "head", "params": head, "lr": params.lr, "initial_lr": params.lr},
-    ]
+class Stack(MapSystem[torch.Tensor, torch.Tensor]):
+    """Layers one after another; the first one is the backbone, what is called `positions` its positional embedding."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(None, SystemConfig())
+        self.layers = nn.Sequential(*layers)
+
+    def role(self, name: str) -> Role:
+        if name == "positions":
+            return "positions"
+        return "backbone" if name.startswith("layers.0.") else "head"
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+    def segment(
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return features
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.encode_image(images)
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        return (output - target).square().mean()
 
 
 def optimizer_of(params: TrainParams) -> torch.optim.Optimizer:
-    return make_optimizer(groups_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), params), params)
+    return make_optimizer(Stack(nn.Linear(2, 2), nn.Linear(2, 2)), params)
 
 
 def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -70,6 +91,22 @@ def test_multistep_is_torchs_own_stepped_after_each_epoch() -> None:
         scheduler.step()
 
 
+@pytest.mark.parametrize("power", [1.0, 0.9])
+def test_poly_is_torchs_own_stepped_after_each_epoch_or_each_step(power: float) -> None:
+    for each in ("epoch", "step"):
+        params = TrainParams(schedule="poly", poly_power=power, poly_each=each, lr=0.8, epochs=4)
+        reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.8)
+        total = {"epoch": 4, "step": 4 * 10}[each]
+        scheduler = torch.optim.lr_scheduler.PolynomialLR(reference, total, power)
+        for epoch in range(4):
+            for step in range(10):
+                rate = params.lr * learning_rate_factor(params, epoch, step, 10)
+                assert rate == pytest.approx(reference.param_groups[0]["lr"])
+                reference.step()
+                if each == "step" or step == 9:
+                    scheduler.step()
+
+
 def test_cosine_falls_from_one_to_nearly_nothing() -> None:
     params = TrainParams(schedule="cosine", epochs=4)
     factors = [learning_rate_factor(params, epoch, step, 25) for epoch in range(4) for step in range(25)]
@@ -98,11 +135,31 @@ def test_groups_keep_their_own_rates() -> None:
     assert rates(optimizer) == pytest.approx({"backbone": 0.125, "head": 0.5})
 
 
+@pytest.mark.parametrize("choice", ["head", "backbone"])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_positional_embeddings_go_with_the_group_that_is_named(name: str, choice: str) -> None:
+    model = Stack(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.positions = nn.Parameter(torch.zeros(3, 2))
+    params = TrainParams(optimizer=name, lr=1.0, backbone_lr_multiplier=0.25, positional_embeddings=choice)
+    found = {id(p): group for group in make_optimizer(model, params).param_groups for p in group["params"]}
+    assert set(found) == {id(p) for p in model.parameters()}
+    place = found[id(model.positions)]
+    assert (place["name"], place["lr"]) == (choice, {"head": 1.0, "backbone": 0.25}[choice])
+    assert {found[id(p)]["name"] for p in model.layers[0].parameters()} == {"backbone"}
+    assert {found[id(p)]["name"] for p in model.layers[1].parameters()} == {"head"}
+
+
+def test_what_is_not_trained_is_in_no_group() -> None:
+    model = Stack(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    for name in ("adam", "adamw"):
+        groups = make_optimizer(model, TrainParams(optimizer=name)).param_groups
+        assert {group["name"] for group in groups} == {"head"}, "no group is empty"
+        assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.layers[1].parameters()}
+
+
 def test_adamw_decays_matrices_and_kernels_only() -> None:
     params = TrainParams(optimizer="adamw", weight_decay=0.3)
-    optimizer = make_optimizer(
-        groups_of(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 2)), params), params
-    )
+    optimizer = make_optimizer(Stack(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 2)), params)
     assert isinstance(optimizer, torch.optim.AdamW)
     decay = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {4: 0.3, 2: 0.3, 1: 0.0}

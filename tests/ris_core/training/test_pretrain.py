@@ -15,15 +15,15 @@ from open_clip.loss import ClipLoss
 from tiny_world import ARCHITECTURE, Tiny
 from torch import nn
 
-from ris_core.config import ClipParams
+from ris_core.data.images import load_image
 from ris_core.data.letterbox import letterbox_image, letterbox_mask
-from ris_core.data.shards import load_image
 from ris_core.data.text import encode
 from ris_core.errors import ConfigError, DataError
 from ris_core.models.clip import build_clip, normalise
 from ris_core.training import pretrain
 from ris_core.training.pretrain import (
     Captions,
+    ClipParams,
     Tokens,
     Views,
     cells_of,

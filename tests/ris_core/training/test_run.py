@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ import pytest
 import torch
 from tiny_world import DATASET, IMAGE_SIZE, Tiny
 
-from ris_core.config import Params
+from ris_core import train
 from ris_core.errors import ConfigError, DataError, WeightsError
 from ris_core.evaluation.answers import MapAnswers
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, scores
 from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import load_saved_clip
-from ris_core.models.systems import build_model, export_model, load_model
+from ris_core.models.contract import MapSystem, System
+from ris_core.models.registry import Description, ModelInfo, build_model, export_model, load_model
 from ris_core.training import checkpoint as checkpoints
 from ris_core.training import run
 from ris_core.training.checkpoint import Checkpoint
 from ris_core.training.loop import Trainer
+from ris_core.training.params import SystemSection, TrainParams
 from ris_core.training.run import (
     check_start,
     first_stage_trainer,
@@ -42,14 +45,34 @@ ROOT = Path(__file__).parents[3]
 
 
 def arguments(tiny: Tiny, out: Path, system: str = "cris") -> list[str]:
-    clip = {"cris": tiny.clip, "risclip": tiny.clip_vit}[system]
+    clip = tiny.clip_vit if system == "risclip" else tiny.clip
     paths = {"system": system, "params": tiny.params_file, "shards": tiny.shards, "clip": clip, "out": out}
     paths["device"] = "cpu"
     return [part for name, value in paths.items() for part in (f"--{name}", str(value))]
 
 
-def whole_validation(tiny: Tiny, model: torch.nn.Module) -> dict[str, float]:
+def section_of(tiny: Tiny, system: str) -> SystemSection:
+    """A section of the small world's parameters, to be changed as a test likes."""
+    return tiny.params().of(system)
+
+
+def cris_training(tiny: Tiny, **changed: Any) -> TrainParams:
+    """How CRIS is trained, but for what is `changed`."""
+    params = section_of(tiny, "cris").train
+    assert params is not None
+    return replace(params, **changed)
+
+
+def cris_model(tiny: Tiny) -> MapSystem:
+    """A CRIS that has not been trained."""
+    model = build_model("cris", section_of(tiny, "cris").model, load_saved_clip(tiny.clip))
+    assert isinstance(model, MapSystem)
+    return model
+
+
+def whole_validation(tiny: Tiny, model: System) -> dict[str, float]:
     """Scores of the validation split, all at once and in this process."""
+    assert isinstance(model, MapSystem)
     store, protocol = tiny.store(), PROTOCOLS["ours"]
     table = evaluate(MapAnswers(model, 12), store, queries_of(store, "val", protocol), protocol, split="val")
     return scores(table["intersection"].to_numpy(), table["union"].to_numpy())
@@ -58,10 +81,11 @@ def whole_validation(tiny: Tiny, model: torch.nn.Module) -> dict[str, float]:
 def test_one_process(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["run", *arguments(tiny, tmp_path)])
-    run.main()
-    model, info = load_model(tmp_path / "model")
-    assert info == {"word_len": 12, "image_size": IMAGE_SIZE, "resample": "opencv4", "system": "cris"}
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tiny, tmp_path)])
+    train.main()
+    model, described = load_model(tmp_path / "model")
+    expected = ModelInfo(IMAGE_SIZE, "opencv4", word_len=12)
+    assert described == Description("cris", section_of(tiny, "cris").model, expected)
     position = checkpoints.load(tmp_path / "checkpoint").position
     assert position.epoch == 2
     score = whole_validation(tiny, model)
@@ -75,7 +99,7 @@ def test_one_process(
 def test_two_processes_under_torchrun(system: str, tiny: Tiny, tmp_path: Path) -> None:
     """They finish, and their sums count each validation image once: the score is that of one process over all."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "ris_core.training.run", *arguments(tiny, tmp_path, system)]
+    command = [*launch, "-m", "ris_core.train", *arguments(tiny, tmp_path, system)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     position = checkpoints.load(tmp_path / "checkpoint").position
@@ -99,8 +123,7 @@ class Rank(LocalRuntime):
 def test_every_validation_image_is_on_exactly_one_rank(
     world: int, limit: int | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params, store = tiny.params(), tiny.store()
-    params.cris.train.validate_images = limit
+    params, store = cris_training(tiny, validate_images=limit), tiny.store()
     asked: list[int] = []
 
     def counted(answer: object, store: object, queries: list, *_: object, **__: object) -> pa.Table:
@@ -109,8 +132,9 @@ def test_every_validation_image_is_on_exactly_one_rank(
 
     monkeypatch.setattr(run, "evaluate", counted)
     monkeypatch.setattr(run, "sum_over_ranks", lambda values: torch.ones(4))
+    model = cris_model(tiny)
     for rank in range(world):
-        make_validation(store, params.cris.train, Rank(rank, world))(torch.nn.Identity())
+        make_validation(store, params, Rank(rank, world))(model)
     images = store.images_of("val")[:limit]
     expected = [query.sent_id for query in queries_of(store, "val", PROTOCOLS["ours"], images.tolist())]
     assert sorted(asked) == sorted(expected)
@@ -118,8 +142,7 @@ def test_every_validation_image_is_on_exactly_one_rank(
 
 
 def test_validation_follows_its_protocol(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    params, store = tiny.params(), tiny.store()
-    params.cris.train.validate_protocol = "cris_val"
+    params, store = cris_training(tiny, validate_protocol="cris_val"), tiny.store()
     counts = []
 
     def counted(answer: MapAnswers, store: object, queries: list, protocol: object, **_: object) -> pa.Table:
@@ -127,7 +150,7 @@ def test_validation_follows_its_protocol(tiny: Tiny, monkeypatch: pytest.MonkeyP
         return pa.table({"intersection": [1, 3], "union": [4, 4]})
 
     monkeypatch.setattr(run, "evaluate", counted)
-    found = make_validation(store, params.cris.train, Rank(0, 1))(torch.nn.Identity())
+    found = make_validation(store, params, Rank(0, 1))(cris_model(tiny))
     assert found == {"val/mIoU": 0.5, "val/oIoU": 0.5}
     assert counts == [(store.manifest["splits"]["val"]["refs"], PROTOCOLS["cris_val"], 12)]
 
@@ -136,24 +159,53 @@ def test_new_layers_depend_on_the_seed_alone(tiny: Tiny) -> None:
     made = []
     for noise, seed in ((1, 0), (2, 0), (3, 1)):
         torch.manual_seed(noise)
-        params = tiny.params()
-        params.train = replace(params.train, seed=seed)
-        made.append(initial_model(params, "cris", tiny.clip, None)["proj.txt.weight"])
+        made.append(initial_model(section_of(tiny, "cris"), "cris", tiny.clip, None, seed)["proj.txt.weight"])
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
 
 
 def test_wrong_wishes_are_named(tiny: Tiny, tmp_path: Path) -> None:
     runtime, store = LocalRuntime(tmp_path, "cpu"), tiny.store()
-    params = tiny.params()
-    model = build_model("cris", params.cris.model, load_saved_clip(tiny.clip))
+    model = cris_model(tiny)
     with pytest.raises(DataError, match=f"{DATASET} has no split 'test'; it has testA, testB, train, val"):
-        make_trainer(model, replace(params.cris.train, validate_split="test"), store, runtime)
+        make_trainer(model, cris_training(tiny, validate_split="test"), store, runtime)
     with pytest.raises(ConfigError, match=r"train\.word_len is 33, but the model's CLIP reads at most 32 tokens"):
-        make_trainer(model, replace(params.cris.train, word_len=33), store, runtime)
-    object.__setattr__(params.cris.model, "vis_dim", 64)
+        make_trainer(model, cris_training(tiny, word_len=33), store, runtime)
+    section = section_of(tiny, "cris")
+    object.__setattr__(section.model, "vis_dim", 64)
     with pytest.raises(ConfigError, match="vis_dim is 64, but the CLIP's text is 32 wide"):
-        initial_model(params, "cris", tiny.clip, None)
+        initial_model(section, "cris", tiny.clip, None, 0)
+
+
+def test_a_zero_shot_system_is_not_trained(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tiny, tmp_path, "global_local")])
+    with pytest.raises(ConfigError, match="global_local is zero-shot: there is nothing to train"):
+        train.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["sent", "raw"])
+def test_a_training_reads_the_field_that_is_named_in_the_systems_own_tokens(
+    text: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    store = tiny.store()
+    for image in range(len(store)):
+        for ref in store.row(image)["refs"]:
+            for sentence in ref["sentences"]:
+                sentence["raw"] = sentence["sent"].upper()  # in the rows that this store keeps
+
+    def tokenize(self: MapSystem, texts: Sequence[str], length: int) -> torch.Tensor:
+        heard.extend(texts)
+        return torch.full((len(texts), length), 7)
+
+    model = cris_model(tiny)
+    monkeypatch.setattr(type(model), "tokenize", tokenize)
+    params = cris_training(tiny, text=text)
+    batch = make_trainer(model, params, store, LocalRuntime(tmp_path, "cpu")).batches[0]
+    assert torch.equal(batch["tokens"], torch.full((8, 12), 7))
+    assert len(heard) == 8
+    assert all(said.isupper() == (text == "raw") for said in heard)
 
 
 # Two stages
@@ -161,22 +213,22 @@ def test_wrong_wishes_are_named(tiny: Tiny, tmp_path: Path) -> None:
 
 def start_folder(tiny: Tiny, folder: Path, system: str, first: dict[str, torch.Tensor] | None, **other: Any) -> Path:
     """What a training starts from; `other` are dimensions that differ from the parameters."""
-    params = tiny.params()
-    section = getattr(params, system)
+    section = section_of(tiny, system)
     section.model = replace(section.model, **other)
     clip = {"rn": tiny.clip, "vit": tiny.clip_vit}[section.clip]
-    info = {"word_len": section.train.word_len, "image_size": IMAGE_SIZE, "resample": "opencv4"}
-    export_model(folder, system, initial_model(params, system, clip, first), section.model, clip, info)
+    assert section.train is not None
+    info = ModelInfo(IMAGE_SIZE, "opencv4", section.train.word_len)
+    export_model(folder, system, initial_model(section, system, clip, first, 0), section.model, clip, info)
     return folder
 
 
-def stage(tiny: Tiny, number: int, start: Path, runtime: LocalRuntime, **train: Any) -> Trainer:
+def stage(tiny: Tiny, number: int, start: Path, runtime: LocalRuntime, **changed: Any) -> Trainer:
     """The trainer of RISCLIP's first or second stage."""
-    params = tiny.params()
+    section = section_of(tiny, "risclip")
     name = ("initialise", "train")[number - 1]
-    setattr(params.risclip, name, replace(getattr(params.risclip, name), **train))
+    setattr(section, name, replace(getattr(section, name), **changed))
     make = (first_stage_trainer, trainer_from)[number - 1]
-    return make(params, "risclip", tiny.shards, start, runtime)
+    return make(section, "risclip", tiny.shards, start, runtime)
 
 
 @dataclass(frozen=True)
@@ -230,10 +282,9 @@ def test_the_second_stage_trains_the_decoder_and_keeps_the_locator(two_stages: T
     decoder, before = part(second, "decoder"), part(started, "decoder")
     assert {"head.weight", "head.bias"} <= differing(decoder, before)
     assert {key.split(".")[0] for key in second} == {"locator", "decoder"}
-    fresh = part(initial_model(tiny.params(), "risclip", tiny.clip_vit, None), "locator")
-    assert same(
-        part(started, "decoder"), part(initial_model(tiny.params(), "risclip", tiny.clip_vit, first), "decoder")
-    )
+    section = section_of(tiny, "risclip")
+    fresh = part(initial_model(section, "risclip", tiny.clip_vit, None, 0), "locator")
+    assert same(part(started, "decoder"), part(initial_model(section, "risclip", tiny.clip_vit, first, 0), "decoder"))
     assert {"logit_bias", "logit_scale", "cfe.0.image_out.1.weight"} <= differing(first, fresh), "stage 1 trained it"
 
 
@@ -302,10 +353,11 @@ def test_both_stages_resume_to_the_weights_of_an_undisturbed_run(
 def test_risclip_from_a_clip_to_a_model_in_one_process(
     tiny: Tiny, two_stages: TwoStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["run", *arguments(tiny, tmp_path, "risclip")])
-    run.main()
-    model, info = load_model(tmp_path / "model")
-    assert info == {"word_len": 12, "image_size": IMAGE_SIZE, "resample": "opencv4", "system": "risclip"}
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tiny, tmp_path, "risclip")])
+    train.main()
+    model, described = load_model(tmp_path / "model")
+    expected = ModelInfo(IMAGE_SIZE, "opencv4", word_len=12)
+    assert described == Description("risclip", section_of(tiny, "risclip").model, expected)
     assert two_stages.second.best is not None
     assert same(dict(model.state_dict()), two_stages.second.best)
     position = checkpoints.load(tmp_path / "checkpoint").position
@@ -323,10 +375,10 @@ def test_a_two_stage_system_without_its_first_starts_from_clip_itself(tiny: Tiny
 
 
 def test_a_first_stage_of_other_dimensions_is_refused(tiny: Tiny, two_stages: TwoStages) -> None:
-    params: Params = tiny.params()
-    params.risclip.model = replace(params.risclip.model, cfe_dim=32)
+    section: Any = section_of(tiny, "risclip")
+    section.model = replace(section.model, cfe_dim=32)
     with pytest.raises(WeightsError, match="The first stage does not fit this RISCLIP") as caught:
-        initial_model(params, "risclip", tiny.clip_vit, two_stages.first.best)
+        initial_model(section, "risclip", tiny.clip_vit, two_stages.first.best, 0)
     assert "shape of cfe.0.image_in.1.weight: [16, 32] in the weights, [32, 32] in the model" in str(caught.value)
 
 
@@ -334,16 +386,16 @@ def test_a_start_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match="nowhere holds no model to start from: run the stage initialise for it first"
     ):
-        check_start(tmp_path / "nowhere", "cris", tiny.params().cris.model)
+        check_start(tmp_path / "nowhere", "cris", section_of(tiny, "cris").model)
 
 
 def test_a_start_of_another_system(tiny: Tiny, two_stages: TwoStages) -> None:
     with pytest.raises(ConfigError, match="start holds a risclip, not the cris to be trained"):
-        check_start(two_stages.start, "cris", tiny.params().cris.model)
+        check_start(two_stages.start, "cris", section_of(tiny, "cris").model)
 
 
 def test_a_start_of_other_dimensions_names_every_difference(tiny: Tiny, two_stages: TwoStages, tmp_path: Path) -> None:
-    wanted = tiny.params().risclip.model
+    wanted: Any = section_of(tiny, "risclip").model
     check_start(two_stages.start, "risclip", wanted)  # also where JSON made lists of tuples
     other = replace(wanted, ske_blocks=2, decoder_channels=(16,), adapters="none")
     with pytest.raises(ConfigError) as caught:
@@ -357,4 +409,4 @@ def test_a_start_of_other_dimensions_names_every_difference(tiny: Tiny, two_stag
     ]
     start = start_folder(tiny, tmp_path / "cris", "cris", None, ffn_dim=48)
     with pytest.raises(ConfigError, match=r"ffn_dim is 48 in .*/cris, 32 in the parameters"):
-        trainer_from(tiny.params(), "cris", tiny.shards, start, LocalRuntime(tmp_path, "cpu"))
+        trainer_from(section_of(tiny, "cris"), "cris", tiny.shards, start, LocalRuntime(tmp_path, "cpu"))

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from ris_core.device import best_device
 from ris_core.training.checkpoint import Checkpoint, Position
-from ris_core.training.runtime import LocalRuntime, best_device, share_buffers, sum_over_ranks
+from ris_core.training.runtime import LocalRuntime, share_buffers, sum_over_ranks
 
 
 def example(epoch: int) -> Checkpoint:
-    return Checkpoint(Position(epoch=epoch), {"weight": torch.ones(2)}, {"optimizer": {}, "scaler": {}})
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))])
+    state = {"optimizer": optimizer.state_dict(), "scaler": {}}
+    return Checkpoint(Position(epoch=epoch), {"weight": torch.ones(2)}, state)
 
 
 def test_a_plain_process_is_alone(tmp_path: Path) -> None:

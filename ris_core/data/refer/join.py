@@ -1,0 +1,162 @@
+"""From typed REFER rows to records: each referent joined to its annotation, mask and image.
+
+The one place that decides which referents can be used and what happens to the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from ris_core.data import masks
+from ris_core.data.records import ImageRecord, Instance, Reference
+from ris_core.data.refer.reader import ReferFiles
+from ris_core.data.refer.rows import Annotation, ImageInfo, Problem
+from ris_core.errors import ConfigError, DataError, list_problems
+
+ON_BAD = ("error", "skip")
+
+
+def build_records(
+    files: ReferFiles, image_paths: Mapping[int, str], image_problems: Mapping[int, Problem], *, on_bad: str
+) -> tuple[list[ImageRecord], list[Problem]]:
+    """Give records of all images with usable referents (sorted by image id, refs and instances by theirs), and all problems.
+
+    `image_paths` and `image_problems` (by image id) come from `ris_core.data.refer.photos`. A referent is bad when its entry
+    is malformed, its annotation or image is absent or unusable, the two disagree, or its mask is empty. With bad
+    referents `on_bad="error"` raises one DataError that lists every cause, "skip" leaves them out. Annotations that
+    nobody refers to never block: bad ones are left out and reported. Raises DataError when no referent remains.
+    """
+    if on_bad not in ON_BAD:
+        raise ConfigError(f"on_bad must be one of {', '.join(ON_BAD)}; found {on_bad!r}")
+    used_images = {image_id for image_id, _ in files.references}
+    instances, mask_problems = _instances(files, used_images)
+    bad_annotations = {**files.bad_annotations, **mask_problems}
+    bad_images = {**files.bad_images, **image_problems}
+    problems = list(files.problems)
+    spoilt: defaultdict[Problem, list[int]] = defaultdict(list)
+    kept: defaultdict[int, list[Reference]] = defaultdict(list)
+    for image_id, ref in files.references:
+        culprits = [bad[key] for bad, key in ((bad_images, image_id), (bad_annotations, ref.ann_id)) if key in bad]
+        for culprit in culprits:
+            spoilt[culprit].append(ref.ref_id)
+        faults = _join_faults(files, image_id, ref, bad_images, bad_annotations)
+        problems += faults
+        if not culprits and not any(fault.blocking for fault in faults):
+            kept[image_id].append(ref)
+    for problem in [*bad_images.values(), *bad_annotations.values()]:
+        problems.append(_with_victims(problem, spoilt[problem]))
+    bad_refs = files.refs_in_file - sum(map(len, kept.values()))
+    if bad_refs and (on_bad == "error" or not kept):
+        raise _unusable(files, problems, bad_refs)
+    records = [_record(files.images[i], image_paths[i], instances[i], kept[i]) for i in sorted(kept)]
+    return records, problems
+
+
+def exclude_images(
+    records: Sequence[ImageRecord], images: Collection[int], split: str = "train"
+) -> tuple[list[ImageRecord], int]:
+    """Give records without the referents of `split` on the given images, and how many referents were dropped.
+
+    Images that keep no referent are dropped. This keeps what is val or test elsewhere out of training, as big_vision's
+    combined RefCOCO does.
+    """
+    images = frozenset(images)
+    kept, dropped = [], 0
+    for record in records:
+        refs = record.refs
+        if record.image_id in images:
+            refs = tuple(ref for ref in record.refs if ref.split != split)
+            dropped += len(record.refs) - len(refs)
+        if refs:
+            kept.append(replace(record, refs=refs))
+    return kept, dropped
+
+
+def _instances(files: ReferFiles, images: set[int]) -> tuple[dict[int, list[Instance]], dict[int, Problem]]:
+    """Give instances of the given images, by image id, and what is wrong with annotations without a usable mask, by id."""
+    instances: defaultdict[int, list[Instance]] = defaultdict(list)
+    bad: dict[int, Problem] = {}
+    for annotation in files.annotations.values():
+        image = files.images.get(annotation.image_id)
+        where = f"annotation {annotation.ann_id} of image {annotation.image_id}"
+        if image is None:
+            bad[annotation.ann_id] = Problem("dangling_annotation", f"{where}: that image is not usable")
+        elif annotation.image_id in images:
+            made = _instance(annotation, image, files.categories[annotation.category_id], where)
+            if isinstance(made, Problem):
+                bad[annotation.ann_id] = made
+            else:
+                instances[annotation.image_id].append(made)
+    return instances, bad
+
+
+def _instance(annotation: Annotation, image: ImageInfo, category: str, where: str) -> Instance | Problem:
+    try:
+        counts = masks.segmentation_to_counts(annotation.segmentation, image.height, image.width)
+    except DataError as error:
+        return Problem("degenerate_segmentation", f"{where}: {error}")
+    if masks.area(counts, image.height, image.width) == 0:
+        return Problem("empty_mask", f"{where}: its mask has no pixel")
+    return Instance(
+        ann_id=annotation.ann_id,
+        category_id=annotation.category_id,
+        category=category,
+        iscrowd=annotation.iscrowd,
+        bbox=annotation.bbox,
+        area=annotation.area,
+        counts=counts,
+    )
+
+
+def _join_faults(
+    files: ReferFiles, image_id: int, ref: Reference, bad_images: Collection[int], bad_annotations: Collection[int]
+) -> list[Problem]:
+    """Tell what does not fit between a reference and what it points to, beyond the known bad images and annotations."""
+    where, faults = f"ref {ref.ref_id}", []
+    if image_id not in files.images and image_id not in bad_images:
+        faults.append(Problem("dangling_ref", f"{where}: there is no image {image_id}", blocking=True))
+    annotation = files.annotations.get(ref.ann_id)
+    if annotation is None:
+        if ref.ann_id not in bad_annotations:
+            faults.append(Problem("dangling_ref", f"{where}: there is no annotation {ref.ann_id}", blocking=True))
+        return faults
+    where = f"{where}: its annotation {ref.ann_id}"
+    if annotation.image_id != image_id:
+        text = f"{where} belongs to image {annotation.image_id}, the ref says image {image_id}"
+        faults.append(Problem("image_mismatch", text, blocking=True))
+    if annotation.category_id != ref.category_id:
+        text = f"{where} has category {annotation.category_id}, the ref says {ref.category_id}"
+        faults.append(Problem("category_mismatch", text))
+    if annotation.iscrowd:
+        faults.append(Problem("ref_to_crowd", f"{where} is a crowd, not one object"))
+    return faults
+
+
+def _with_victims(problem: Problem, ref_ids: list[int]) -> Problem:
+    if not ref_ids:
+        return problem
+    shown = ", ".join(map(str, ref_ids[:5])) + (", ..." if len(ref_ids) > 5 else "")
+    return Problem(problem.kind, f"{problem.message} (needed by ref {shown})", blocking=True)
+
+
+def _record(image: ImageInfo, path: str, instances: list[Instance], refs: list[Reference]) -> ImageRecord:
+    return ImageRecord(
+        image_id=image.image_id,
+        file_name=path,
+        height=image.height,
+        width=image.width,
+        instances=tuple(sorted(instances, key=lambda instance: instance.ann_id)),
+        refs=tuple(sorted(refs, key=lambda ref: ref.ref_id)),
+    )
+
+
+def _unusable(files: ReferFiles, problems: list[Problem], bad_refs: int) -> DataError:
+    blocking = [problem for problem in problems if problem.blocking]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(p.kind for p in blocking).most_common())
+    title = f"{files.name.name}: {bad_refs} of {files.refs_in_file} refs cannot be used: {kinds}"
+    remedy = "Mend the files, or go on without these refs by on_bad='skip' (params.yaml: prepare.on_bad)."
+    if bad_refs == files.refs_in_file:
+        remedy = "No ref is left to go on with: check that the files and images belong together."
+    return DataError(list_problems(title, [problem.message for problem in blocking], remedy))

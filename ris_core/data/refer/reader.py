@@ -1,0 +1,200 @@
+"""The official REFER files of RefCOCO, RefCOCO+, RefCOCOg and the embedded datasets, read as typed rows.
+
+    <root>/<folder>/refs(<split-by>).p     who is referred to, and how
+    <root>/<folder>/instances.json         COCO annotations of all images that have referents
+
+Formats: github.com/lichengunc/refer. Nothing is joined here (`ris_core.data.refer.join` does) and no image is opened. What is
+wrong with single entries is collected, so that everything can be told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ris_core.data.records import Reference
+from ris_core.data.refer.rows import (
+    Annotation,
+    ImageInfo,
+    Problem,
+    parse_annotation,
+    parse_category,
+    parse_image,
+    parse_reference,
+)
+from ris_core.data.refer.untrusted import PICKLE_CAP_BYTES, InputFile, parse_json, parse_pickle, read_input
+from ris_core.errors import DataError
+
+Row = TypeVar("Row")
+log = logging.getLogger(__name__)
+
+_UNC, _UMD, _GOOGLE = ("train", "val", "testA", "testB"), ("train", "val", "test"), ("train", "val", "test")
+DATASETS = {
+    "refcoco_unc": ("refcoco", "unc", _UNC),
+    "refcoco_google": ("refcoco", "google", _GOOGLE),
+    "refcoco+_unc": ("refcoco+", "unc", _UNC),
+    "refcocog_umd": ("refcocog", "umd", _UMD),
+    "refcocog_google": ("refcocog", "google", ("train", "val")),  # its test part was never released
+    "shapes": ("shapes", "unc", _UNC),
+    "shapes+": ("shapes+", "unc", _UNC),
+    "shapesg": ("shapesg", "umd", _UMD),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetName:
+    """A dataset with its split-by, for example refcocog_umd: `<root>/<folder>/refs(<split_by>).p`."""
+
+    name: str
+    folder: str
+    split_by: str
+    splits: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> DatasetName:
+        """Give the dataset of that name. Raises DataError with the valid names for any other."""
+        if name in DATASETS:
+            return cls(name, *DATASETS[name])
+        related = [known for known, (folder, *_) in DATASETS.items() if folder == name.split("_")[0]]
+        hint = f"did you mean {' or '.join(related)}? " if related else ""
+        raise DataError(f"there is no dataset '{name}': {hint}Valid names: {', '.join(DATASETS)}")
+
+    @property
+    def file_safe(self) -> str:
+        """Give the name without characters that shells, URLs and DVC would need quoted: refcoco+_unc is refcocop_unc."""
+        return self.name.replace("+", "p")
+
+    @property
+    def refs_file(self) -> str:
+        """Give the path of the referents' pickle, relative to the dataset root."""
+        return f"{self.folder}/refs({self.split_by}).p"
+
+    @property
+    def instances_file(self) -> str:
+        """Give the path of the COCO annotations, relative to the dataset root."""
+        return f"{self.folder}/instances.json"
+
+    def check_split(self, split: str) -> str:
+        """Give `split` itself when the dataset has it; DataError that names the valid ones otherwise."""
+        if split in self.splits:
+            return split
+        hint = " (the official reader's 'test' means testA and testB together)" if "testA" in self.splits else ""
+        raise DataError(f"{self.name} has no split '{split}'; it has {', '.join(self.splits)}{hint}")
+
+
+@dataclass(slots=True)
+class ReferFiles:
+    """Everything readable in the two files of a dataset.
+
+    `references` are (image_id, reference) in file order. `bad_images` and `bad_annotations` hold, by id, what is wrong
+    with entries that cannot be used; whether that matters depends on who refers to them.
+    """
+
+    name: DatasetName
+    references: list[tuple[int, Reference]]
+    refs_in_file: int
+    inputs: list[InputFile]
+    problems: list[Problem] = field(default_factory=list)
+    images: dict[int, ImageInfo] = field(default_factory=dict)
+    bad_images: dict[int, Problem] = field(default_factory=dict)
+    annotations: dict[int, Annotation] = field(default_factory=dict)
+    bad_annotations: dict[int, Problem] = field(default_factory=dict)
+    categories: dict[int, str] = field(default_factory=dict)
+
+
+def read_refer(root: Path, name: DatasetName) -> ReferFiles:
+    """Read and type-check both files of a dataset.
+
+    Raises DataError when a file as a whole cannot be used (missing, a web page, cut short, not plain data, ...); what
+    is wrong with single entries is listed in the result.
+    """
+    files = read_references(root, name)
+    remedy, place = how_to_get(name), root / name.instances_file
+    content, identity = read_input(root, name.instances_file, remedy)
+    files.inputs.append(identity)
+    tables = parse_json(content, place, remedy)
+    wanted = ("images", "annotations", "categories")
+    absent = [key for key in wanted if not isinstance(tables, dict) or not isinstance(tables.get(key), list)]
+    if absent:
+        raise DataError(f"{place} is no COCO file: it has no list of {', '.join(absent)}. {remedy}")
+    files.categories, bad_categories, unnamed = _collect(tables["categories"], parse_category)
+    files.problems += [*bad_categories.values(), *unnamed]
+    files.images, files.bad_images, unnamed = _collect(tables["images"], parse_image)
+    files.problems += unnamed
+    parse = partial(parse_annotation, categories=files.categories)
+    files.annotations, files.bad_annotations, unnamed = _collect(tables["annotations"], parse)
+    files.problems += unnamed
+    return files
+
+
+def read_references(root: Path, name: DatasetName) -> ReferFiles:
+    """Read and type-check the referents alone, which is cheap. Raises DataError as `read_refer` does."""
+    remedy, place = how_to_get(name), root / name.refs_file
+    others = sorted(path.name for path in place.parent.glob("refs(*).p") if path != place)
+    if others and not place.exists():
+        remedy = f"This folder has {', '.join(others)}. {remedy}"
+    content, identity = read_input(root, name.refs_file, remedy, PICKLE_CAP_BYTES)
+    entries, encoding = parse_pickle(content, place, remedy)
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{place} holds no list of referents but {entries!r:.60}. {remedy}")
+    files = ReferFiles(name, references=[], refs_in_file=len(entries), inputs=[identity])
+    if encoding != "utf-8":
+        text = f"{name.refs_file}: its texts are not UTF-8 and were read as Latin-1; accented letters may be wrong"
+        log.warning(text)
+        files.problems.append(Problem("not_utf8", text))
+    seen: set[int] = set()
+    for position, entry in enumerate(entries):
+        row = parse_reference(entry, position, name.splits)
+        if isinstance(row, Problem):
+            files.problems.append(row)
+        elif row[1].ref_id in seen:
+            text = f"ref {row[1].ref_id} at position {position}: an earlier entry has the same ref_id"
+            files.problems.append(Problem("duplicate_id", text, blocking=True))
+        else:
+            seen.add(row[1].ref_id)
+            files.references.append(row)
+    return files
+
+
+def _collect(
+    entries: list[Any], parse: Callable[[Any, int], Row | Problem]
+) -> tuple[dict[int, Row], dict[int, Problem], list[Problem]]:
+    """Give rows by id, problems by id, and the problems of entries that have no id. An id used twice is a problem, too."""
+    rows: dict[int, Row] = {}
+    bad: dict[int, Problem] = {}
+    unnamed: list[Problem] = []
+    for position, entry in enumerate(entries):
+        row = parse(entry, position)
+        if not isinstance(row, Problem):
+            if entry["id"] in rows:
+                bad[entry["id"]] = Problem("duplicate_id", f"id {entry['id']} at position {position} is used twice")
+            rows.setdefault(entry["id"], row)
+        elif isinstance(entry, dict) and type(entry.get("id")) is int:
+            bad[entry["id"]] = row
+        else:
+            unnamed.append(row)
+    return rows, bad, unnamed
+
+
+def how_to_get(name: DatasetName) -> str:
+    """Tell what to do about a missing or broken file of this dataset, as a sentence."""
+    archive = facts()["archives"].get(name.folder)
+    if archive is None:
+        return f"It is written by `dvc repro synthesize` ({name.name} is an embedded dataset)."
+    return (
+        f"Unpack {name.folder}.zip there ({archive['bytes']:,} bytes, sha256 {archive['sha256']}); the original server "
+        f"is gone, a copy is at {archive['url']}"
+    )
+
+
+@cache
+def facts() -> Mapping[str, Any]:
+    """Give published counts and archives of the real datasets: the packaged expected_counts.json."""
+    content = resources.files("ris_core.data.refer").joinpath("expected_counts.json").read_text(encoding="utf-8")
+    return dict(json.loads(content))

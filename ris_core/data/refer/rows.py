@@ -1,0 +1,177 @@
+"""Single entries of the REFER files, type-checked: an entry becomes a typed row, or a `Problem` that says why not.
+
+Field names and meanings: github.com/lichengunc/refer and the COCO annotation format (cocodataset.org/#format-data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from ris_core.data.records import Reference, Sentence
+
+MAX_SIDE = 65_535  # pixels; the limit of JPEG
+_NUMBER = (int, float)
+_Kinds = type | tuple[type, ...]
+
+
+PROBLEM_KINDS = (
+    "malformed_ref",
+    "duplicate_id",
+    "no_sentences",
+    "unknown_split",
+    "dangling_ref",
+    "image_mismatch",
+    "category_mismatch",
+    "ref_to_crowd",
+    "shared_annotation",
+    "empty_sentence",
+    "not_utf8",
+    "malformed_category",
+    "malformed_annotation",
+    "dangling_annotation",
+    "degenerate_segmentation",
+    "empty_mask",
+    "area_mismatch",
+    "bbox_mismatch",
+    "malformed_image",
+    "missing_image",
+    "undecodable_image",
+    "wrong_image_size",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong in the data, of one of `PROBLEM_KINDS`. `blocking`: referents cannot be used because of it."""
+
+    kind: str
+    message: str
+    blocking: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.kind in PROBLEM_KINDS, self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """An entry of `images` in instances.json; sizes in pixels, `file_name` without folders."""
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """An entry of `annotations` in instances.json; the parts of `segmentation` are checked by `ris_core.data.masks`."""
+
+    ann_id: int
+    image_id: int
+    category_id: int
+    iscrowd: int
+    bbox: tuple[float, float, float, float]
+    area: float
+    segmentation: Any
+
+
+def parse_reference(entry: Any, position: int, splits: tuple[str, ...]) -> tuple[int, Reference] | Problem:
+    """Give (image_id, reference) of an entry of the refs pickle whose split must be one of `splits`."""
+    where = _where("ref", "ref_id", entry, position)
+    ids: dict[str, _Kinds] = dict.fromkeys(("ref_id", "ann_id", "image_id", "category_id"), int)
+    wrong = misfits(entry, {**ids, "split": str, "sent_ids": list, "sentences": list})
+    if not wrong:
+        for number, sentence in enumerate(entry["sentences"]):
+            faults = misfits(sentence, {"sent_id": int, "sent": str, "raw": str})
+            wrong += [f"sentence {number}: {fault}" for fault in faults]
+    if not wrong and entry["sent_ids"] != [sentence["sent_id"] for sentence in entry["sentences"]]:
+        wrong = [f"sent_ids {entry['sent_ids']} are not the ids of its sentences"]
+    if wrong:
+        return Problem("malformed_ref", f"{where}: {'; '.join(wrong)}", blocking=True)
+    if not entry["sentences"]:
+        return Problem("no_sentences", f"{where}: it has no sentences", blocking=True)
+    if entry["split"] not in splits:
+        text = f"{where}: its split '{entry['split']}' is not one of {', '.join(splits)}"
+        return Problem("unknown_split", text, blocking=True)
+    sentences = tuple(Sentence(s["sent_id"], s["sent"], s["raw"]) for s in entry["sentences"])
+    reference = Reference(entry["ref_id"], entry["ann_id"], entry["category_id"], entry["split"], sentences)
+    return entry["image_id"], reference
+
+
+def parse_image(entry: Any, position: int) -> ImageInfo | Problem:
+    """Parse an entry of `images`."""
+    wrong = misfits(entry, {"id": int, "file_name": str, "height": int, "width": int})
+    if not wrong:
+        name, height, width = entry["file_name"], entry["height"], entry["width"]
+        if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+            wrong.append(f"impossible size of {width}x{height} pixels")
+        if not name or PurePath(name).name != name:
+            wrong.append(f"file_name {name!r:.80} is not a plain file name")
+    if wrong:
+        return Problem("malformed_image", f"{_where('image', 'id', entry, position)}: {'; '.join(wrong)}")
+    return ImageInfo(entry["id"], name, height, width)
+
+
+def parse_annotation(entry: Any, position: int, categories: Mapping[int, str]) -> Annotation | Problem:
+    """Parse an entry of `annotations` whose category must be one of `categories` (names by id)."""
+    ids: dict[str, _Kinds] = dict.fromkeys(("id", "image_id", "category_id", "iscrowd"), int)
+    wrong = misfits(entry, {**ids, "bbox": list, "area": _NUMBER, "segmentation": (dict, list)})
+    if not wrong:
+        box = dict(zip(("x", "y", "width", "height"), entry["bbox"], strict=False))
+        if len(entry["bbox"]) != 4 or misfits(box, dict.fromkeys(box, _NUMBER)):
+            wrong.append(f"bbox must be four numbers, found {entry['bbox']!r:.60}")
+        if entry["iscrowd"] not in (0, 1):
+            wrong.append(f"iscrowd must be 0 or 1, found {entry['iscrowd']}")
+        if entry["category_id"] not in categories:
+            wrong.append(f"category_id {entry['category_id']} is not among the categories")
+    if wrong:
+        return Problem("malformed_annotation", f"{_where('annotation', 'id', entry, position)}: {'; '.join(wrong)}")
+    return Annotation(
+        ann_id=entry["id"],
+        image_id=entry["image_id"],
+        category_id=entry["category_id"],
+        iscrowd=entry["iscrowd"],
+        bbox=(float(box["x"]), float(box["y"]), float(box["width"]), float(box["height"])),
+        area=float(entry["area"]),
+        segmentation=entry["segmentation"],
+    )
+
+
+def parse_category(entry: Any, position: int) -> str | Problem:
+    """Give the name of an entry of `categories`."""
+    wrong = misfits(entry, {"id": int, "name": str})
+    if wrong:
+        return Problem("malformed_category", f"{_where('category', 'id', entry, position)}: {'; '.join(wrong)}")
+    return str(entry["name"])
+
+
+def misfits(entry: Any, wanted: Mapping[str, _Kinds]) -> list[str]:
+    """Tell what keeps `entry` from being a dict with the wanted fields.
+
+    Types are exact (True is no int here). Integers must fit 64 bits, numbers be finite, texts be encodable in UTF-8.
+    """
+    if type(entry) is not dict:
+        return [f"expected a dict, found {type(entry).__name__}"]
+    wrong = []
+    for key, kinds in wanted.items():
+        value = entry.get(key)
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if key not in entry:
+            wrong.append(f"no '{key}'")
+        elif type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            wrong.append(f"'{key}' must be {names}, found {type(value).__name__} {value!r:.40}")
+        elif isinstance(value, _NUMBER) and not (abs(value) < 2**63 and math.isfinite(value)):
+            wrong.append(f"'{key}' is out of range: {value!r:.40}")
+        elif isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            wrong.append(f"'{key}' is not valid Unicode: {value!r:.40}")
+    return wrong
+
+
+def _where(what: str, key: str, entry: Any, position: int) -> str:
+    known = isinstance(entry, dict) and type(entry.get(key)) is int
+    return f"{what} {entry[key]}" if known else f"{what} at position {position}"
