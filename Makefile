@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 UV_VERSION := 0.13.8
 READY := .venv/.ready
-BIN := $(CURDIR)/.venv/bin
+BIN := $(CURDIR)/.venv/bin# quoted where it is used: the path may hold spaces
 export PATH := $(BIN):$(PATH)
 # Nothing phones home, and nothing waits for a model hub.
 export RAY_USAGE_STATS_ENABLED := 0
@@ -25,20 +25,22 @@ lint: env
 	ruff check .
 	ruff format --check .
 	mypy
+	mypy tests/typing/misuse.py
 
 bench: env
 	python -m benchmarks.preprocess
 	python -m benchmarks.train_step
 	python -m benchmarks.evaluate
+	python -m benchmarks.waiting
 
 env: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip sync --quiet --system-certs --python $(BIN)/python --require-hashes requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	"$(BIN)"/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	"$(BIN)"/uv pip sync --quiet --system-certs --python "$(BIN)"/python --require-hashes requirements.lock
+	"$(BIN)"/uv pip install --quiet --python "$(BIN)"/python --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
 lock:
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev pyproject.toml --output-file requirements.lock
+	"$(BIN)"/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev pyproject.toml --output-file requirements.lock

@@ -1,1 +1,22 @@
+"""The orchestration: one module per DVC stage, around the library `ris_core`.
 
+Ray and MLflow read their environment when they are imported, so it is set here, before anything of this package can import
+them: nobody phones home, workers print through the driver once. What the caller has set stays.
+"""
+
+import os
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # A cluster that is large enough (cluster.check_resources) and busy is waited for, each time this long.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)

@@ -1,88 +1,87 @@
 """`ris <verb>`: every stage, and predicting with a trained model.
 
-Heavy libraries are imported inside the commands, so that `ris --help` answers at once.
+A verb's module is imported when the verb is called, so that `ris --help` answers at once and no other module of this
+package has to import anything late.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from pipelines import (
-    compare,
-    evaluate,
-    initialise,
-    paths,
-    prepare,
-    preprocess,
-    pretrain_clip,
-    propose,
-    register,
-    report,
-    synthesize,
-)
-from pipelines import train as train_stage
+from ris_core.errors import ConfigError, RISError
+
+VERBS = {  # what the first line of its `main` says
+    "predict": "Mark the object an expression names: writes a picture, prints the score and the mask's size.",
+    "resolve": "Write the values that every stage reads, merged from params.yaml, its preset and the defaults.",
+    "synthesize": "Write a synthetic dataset in exactly the official RefCOCO files.",
+    "prepare": "Read a dataset, check everything about it, and write records and the audit report.",
+    "preprocess": "Decode and letterbox every image once and write memory-mappable Arrow shards.",
+    "propose": "Make the proposals of every image of the evaluated splits, once for all systems.",
+    "pretrain-clip": "Train a small CLIP on captioned scenes, or load and check the weights that its section names.",
+    "initialise": "Write the model that training starts from; trains the first stage of a system that has one.",
+    "train": "Train one system on one dataset; writes the best model and the learning curves.",
+    "evaluate": "Score a trained model: every expression once, named protocols, baselines, confidence intervals.",
+    "register": "Log the model with its scores and lineage to MLflow and move the alias if it beats the champion.",
+    "compare": "Test all systems against each other over the same expressions, and show what was hard for them.",
+    "report": "Write the report page from what train, evaluate and compare left under results/.",
+}
+OURS = ("pipelines", "ris_core")
+
+
+class Verbs(TyperGroup):
+    """The verbs, known by their names alone until one is called."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # its own class is private
+        return list(VERBS)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | None:  # type: ignore[override]
+        return TyperCommand(cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
+
+    def resolve_command(  # type: ignore[override]
+        self, ctx: typer.Context, args: list[str]
+    ) -> tuple[str | None, TyperCommand | None, list[str]]:
+        """Give the real command. Raises ConfigError where a library that it needs is not installed."""
+        name, known, rest = super().resolve_command(ctx, args)
+        return name, None if known is None or name is None else _real(name), rest
+
+
+def _real(verb: str) -> TyperCommand:
+    try:
+        module = importlib.import_module(f"pipelines.{verb.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        library = (error.name or "").split(".")[0]
+        if library in ("", *OURS):
+            raise
+        raise ConfigError(
+            f"ris {verb} needs {library}, which is not installed here: pip install 'ris[pipelines]'"
+        ) from None
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(verb)(module.main)
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperCommand)
+    return command
+
 
 commands = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Referring image segmentation, from data to mask.",
 )
-for verb, module in (
-    ("synthesize", synthesize),
-    ("prepare", prepare),
-    ("preprocess", preprocess),
-    ("propose", propose),
-    ("pretrain-clip", pretrain_clip),
-    ("initialise", initialise),
-    ("train", train_stage),
-    ("evaluate", evaluate),
-    ("register", register),
-    ("compare", compare),
-    ("report", report),
-):
-    commands.command(verb)(module.main)
 
 
-@commands.command()
-def predict(
-    image: Annotated[Path, typer.Argument(help="a JPEG or PNG")],
-    expression: Annotated[str, typer.Argument(help="which object, in words")],
-    out: Annotated[Path, typer.Option(help="where to write the picture with the mask drawn")] = Path("overlay.png"),
-    model: Annotated[str, typer.Option(help="a model folder, or models:/name@alias of the registry")] = str(
-        paths.model("cris", "shapes")
-    ),
-    threshold: Annotated[
-        float, typer.Option(help="a pixel belongs to the mask if its probability is above this")
-    ] = 0.5,
-) -> None:
-    """Mark the object an expression names: writes a picture, prints the score and the mask's size."""
-    from pipelines.tracking import model_folder
-    from ris_core.errors import ConfigError
-    from ris_core.evaluation.figures import overlay
-    from ris_core.predictor import RISPredictor, read_image
-
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg") or not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: give a .png or .jpg file in a folder that exists")
-    predictor = RISPredictor.from_folder(model_folder(model), threshold=threshold)
-    pixels = read_image(image)
-    predictor.set_image(pixels)
-    (prediction,) = predictor.predict([expression])
-    overlay(pixels, prediction.mask).save(out)
-    share = prediction.mask.mean()
-    typer.echo(f"{out}: score {prediction.score:.3f}, mask covers {share:.1%} of the image")
-    if not prediction.mask.any():
-        print("nothing in the image matched the expression: the mask is empty", file=sys.stderr)
+@commands.callback()
+def verbs() -> None:
+    """Segment what expressions refer to, from data to mask."""
 
 
 def app() -> None:
-    """Entry point of the console script: expected errors are shown as their message, with exit code 1."""
-    from ris_core.errors import RISError
-
+    """Run the console script: expected errors are shown as their message, with exit code 1."""
     try:
         commands()
     except RISError as error:

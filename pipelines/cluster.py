@@ -9,43 +9,30 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import ray
+import ray.data
+
+from pipelines import ENVIRONMENT
+from ris_core.device import best_device
 from ris_core.errors import ClusterError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import ray.data
-
-# Set for the driver and handed to every worker. Workers print through the driver once, and never phone home.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # A cluster that is large enough (check_resources) and busy is waited for, each time this long.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 WATCHDOG = "RAY_API_SERVER_ADDRESS"
 AT_ONCE = "RIS_AT_ONCE"  # how many stages share the cluster, where `pipelines.repro` runs several
 
 
 @contextmanager
 def connected(**init: Any) -> Iterator[None]:
-    """Inside the block Ray is up: the cluster at `RAY_ADDRESS` if that is set, otherwise a private one on this machine.
+    """Keep Ray up in the block: the cluster at `RAY_ADDRESS` if that is set, otherwise a private one on this machine.
 
     A private cluster never joins one that somebody left running, and needs no token: it listens on this machine only.
     `init` overrides arguments of `ray.init` for the private one.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    import ray
-
     # INFO tells of internals; the stages report their own progress.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
@@ -70,13 +57,11 @@ def connected(**init: Any) -> Iterator[None]:
 
 @contextmanager
 def shared() -> Iterator[dict[str, str]]:
-    """Inside the block there is a Ray for several commands; given are the environment variables that make them join it.
+    """Keep a Ray for several commands up in the block; given are the environment variables that make them join it.
 
     It is the cluster at `RAY_ADDRESS` if that is set, otherwise a private one, which ends with the block.
     """
     with connected():
-        import ray
-
         context = ray.get_runtime_context()
         address = os.environ.get("RAY_ADDRESS") or context.gcs_address
         yield {"RAY_ADDRESS": address, **context.runtime_env["env_vars"]}
@@ -84,8 +69,6 @@ def shared() -> Iterator[dict[str, str]]:
 
 def _join(address: str, settings: dict[str, Any]) -> None:
     """Connect to a running cluster: `host:port`, `ray://host:port`, or `auto`. Raises ClusterError if there is none."""
-    import ray
-
     print(f"joining the Ray cluster at {address}", file=sys.stderr)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
@@ -100,14 +83,12 @@ def _join(address: str, settings: dict[str, Any]) -> None:
 
 
 def at_once() -> int:
-    """How many stages share the cluster now."""
+    """Tell how many stages share the cluster now."""
     return int(os.environ.get(AT_ONCE, "1"))
 
 
 def total_cpus() -> int:
-    """CPUs of the whole cluster. Raises ClusterError if it has none."""
-    import ray
-
+    """Count the CPUs of the whole cluster. Raises ClusterError if it has none."""
     found = int(ray.cluster_resources().get("CPU", 0))
     if not found:
         raise ClusterError("the cluster has no CPUs now: start a node that has some")
@@ -115,7 +96,7 @@ def total_cpus() -> int:
 
 
 def cpus_each(workers: int, gpus: int) -> int:
-    """The most CPUs that `workers` processes with `gpus` GPUs each can all have, beside as many of other stages that run now.
+    """Give the most CPUs that `workers` processes of `gpus` GPUs each can all have, beside as many of other stages that run now.
 
     1 where not even that fits.
     """
@@ -124,16 +105,24 @@ def cpus_each(workers: int, gpus: int) -> int:
     return next((cpus for cpus in range(most, 1, -1) if _room(cpus, gpus) >= wanted), 1)
 
 
-def _nodes() -> list[tuple[float, float]]:
-    """CPUs and GPUs of each node."""
-    import ray
+def held(wanted: int, cpus: int, gpus: int) -> int:
+    """Tell how many of `wanted` processes of that size the cluster can hold at once, at least 1."""
+    return max(1, min(wanted, _room(cpus, gpus) // at_once()))
 
+
+def device(wish: str) -> str:
+    """Tell where this process computes what it does itself (`cluster.use_gpu`)."""
+    return "cpu" if wish == "no" else best_device()
+
+
+def _nodes() -> list[tuple[float, float]]:
+    """Give CPUs and GPUs of each node."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
 
 
 def _room(cpus: int, gpus: int) -> int:
-    """How many processes of that size the cluster's nodes could hold."""
+    """Tell how many processes of that size the cluster's nodes could hold."""
     return sum(int(min(node[0] // cpus, node[1] // gpus) if gpus else node[0] // cpus) for node in _nodes())
 
 
@@ -148,8 +137,6 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
 
     `cpus` and `gpus` are for each of the `workers`.
     """
-    import ray
-
     wanted = {"CPU": workers * cpus, "GPU": workers * gpus}
     total, free = ray.cluster_resources(), ray.available_resources()
     lacking = [
@@ -171,18 +158,15 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
 
 
 def data() -> ModuleType:
-    """The module `ray.data`, without its INFO lines, and with progress bars only where somebody watches."""
-    import ray.data
-
+    """Give the module `ray.data`, without its INFO lines, and with progress bars only where somebody watches."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it tells that there are no bars
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     return ray.data
 
 
 def has_gpu(wish: str) -> bool:
-    """Whether to use GPUs (`cluster.use_gpu`); `auto` takes them where the cluster has some, and says so when it has none."""
-    import ray
-
+    """Tell whether to use GPUs (`cluster.use_gpu`); `auto` takes them if the cluster has some, and says so if it has none."""
     if wish != "auto":
         return wish == "yes"
     found = ray.cluster_resources().get("GPU", 0) > 0
@@ -192,8 +176,5 @@ def has_gpu(wish: str) -> bool:
 
 
 def collect(rows: ray.data.Dataset) -> pa.Table:
-    """All blocks of a Ray dataset as one Arrow table on the driver."""
-    import pyarrow as pa
-    import ray
-
+    """Collect all blocks of a Ray dataset as one Arrow table on the driver."""
     return pa.concat_tables(ray.get(rows.to_arrow_refs()))

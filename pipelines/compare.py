@@ -8,22 +8,28 @@ from __future__ import annotations
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import typer
 
-from pipelines import files, paths
-from pipelines.gallery import KINDS
+from pipelines import cluster, paths
+from pipelines.gallery import KINDS, answered, scenes
+from pipelines.params import Params
 from pipelines.scores import rounded, sorted_splits
-from pipelines.stage import run
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    from PIL import Image
-
-    from ris_core.config import EvaluateParams
-    from ris_core.evaluation.metrics import Protocol
+from pipelines.stage import check_names, params, run
+from ris_core import files
+from ris_core.data.dataset import ShardStore
+from ris_core.errors import DataError, list_problems
+from ris_core.evaluation.figures import captioned, grid
+from ris_core.evaluation.metrics import PROTOCOLS, Protocol, holm, iou, paired_bootstrap
+from ris_core.evaluation.params import EvaluateParams
+from ris_core.models.answer import Reading
+from ris_core.options import Plain
+from ris_core.predictor import RISPredictor
 
 EXPRESSION = ["sent_id", "image_id", "ref_id", "text", "kind"]  # what says that two rows are about the same
 ANSWER = ["intersection", "union"]
@@ -33,11 +39,8 @@ HARD_PER_KIND = 2
 
 def main(dataset: Annotated[str, typer.Option(help="a dataset that all systems were evaluated on")]) -> None:
     """Test all systems against each other over the same expressions, and show what was hard for them."""
-    from pipelines.stage import check_names, params
-    from ris_core.evaluation.metrics import PROTOCOLS
-
     check_names(dataset)
-    chosen = params()
+    chosen = params("compare")
     protocol = PROTOCOLS[chosen.evaluate.protocols[0]]
     tables = {
         split: joined(of_systems, f"{dataset} {split}")
@@ -52,7 +55,7 @@ def main(dataset: Annotated[str, typer.Option(help="a dataset that all systems w
     first = next(iter(tables))
     rows = hardest(tables[first], chosen.systems)
     with files.replaced_folder(paths.comparison(dataset)) as folder:
-        hard = draw(rows, chosen.systems, dataset, first, protocol.threshold, folder)
+        hard = draw(rows, chosen, dataset, protocol.reading, folder)
         found = {"protocol": protocol.name, "splits": splits, "hard": hard}
         files.write_json(folder / "comparison.json", rounded(found))
     for line in headlines(splits):
@@ -60,15 +63,10 @@ def main(dataset: Annotated[str, typer.Option(help="a dataset that all systems w
 
 
 def read_tables(dataset: str, systems: list[str], protocol: Protocol) -> dict[str, dict[str, pa.Table]]:
-    """For each split, validation first, the table of each system: columns EXPRESSION and ANSWER, rows that count.
+    """Read for each split, validation first, the table of each system: columns EXPRESSION and ANSWER, rows that count.
 
     Raises DataError with all that are missing, of a system that was not evaluated or lacks a split that another has.
     """
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    from ris_core.errors import DataError, list_problems
-
     place = {system: paths.expressions(system, dataset) for system in systems}
     prefix = f"{protocol.name}-"
     found = {s: {file.stem.removeprefix(prefix) for file in place[s].glob(f"{prefix}*.parquet")} for s in systems}
@@ -92,13 +90,11 @@ def read_tables(dataset: str, systems: list[str], protocol: Protocol) -> dict[st
 
 
 def joined(tables: dict[str, pa.Table], where: str) -> pa.Table:
-    """One row per expression that every system answered, ordered by sent_id.
+    """Give one row per expression that every system answered, ordered by sent_id.
 
     Columns EXPRESSION, and `<system>/intersection`, `<system>/union` of each. Says on stderr which tables had more;
     `where` names them there. Raises DataError if no expression is left.
     """
-    from ris_core.errors import DataError
-
     result = None
     for system, table in tables.items():
         own = table.rename_columns({name: f"{system}/{name}" for name in ANSWER})
@@ -112,11 +108,9 @@ def joined(tables: dict[str, pa.Table], where: str) -> pa.Table:
     return result.sort_by("sent_id")
 
 
-def pairs(table: pa.Table, systems: list[str], params: EvaluateParams) -> list[dict[str, Any]]:
-    """Differences of each two systems on a joined table, with p values also adjusted for the number of pairs."""
-    from ris_core.evaluation.metrics import holm, paired_bootstrap
-
-    found: list[dict[str, Any]] = []
+def pairs(table: pa.Table, systems: list[str], params: EvaluateParams) -> list[Plain]:
+    """Give differences of each two systems on a joined table, with p values also adjusted for the number of pairs."""
+    found: list[Plain] = []
     for first, second in combinations(systems, 2):
         answers = (*overlaps(table, first), *overlaps(table, second))
         measured = paired_bootstrap(*answers, table["image_id"].to_numpy(), params.bootstrap_samples, params.seed)
@@ -137,18 +131,16 @@ def pairs(table: pa.Table, systems: list[str], params: EvaluateParams) -> list[d
 
 
 def overlaps(table: pa.Table, system: str) -> tuple[np.ndarray, np.ndarray]:
-    """Intersections and unions of one system in a joined table, int64 (N,)."""
+    """Give intersections and unions of one system in a joined table, int64 (N,)."""
     return table[f"{system}/intersection"].to_numpy(), table[f"{system}/union"].to_numpy()
 
 
-def hardest(table: pa.Table, systems: list[str]) -> list[dict[str, Any]]:
-    """Rows of a joined table to show: of each kind those with the lowest mean IoU that some system got right (0.5).
+def hardest(table: pa.Table, systems: list[str]) -> list[Plain]:
+    """Pick rows of a joined table to show: of each kind those with the lowest mean IoU that some system got right (0.5).
 
     What no system can do may be a fault of the expression; these can be done, and are not. Of different images where
     there are enough. Each row has `iou`, a number per system.
     """
-    from ris_core.evaluation.metrics import iou
-
     values = {system: iou(*overlaps(table, system)).tolist() for system in systems}
     rows = [
         {**row, "iou": {system: values[system][i] for system in systems}}
@@ -158,7 +150,7 @@ def hardest(table: pa.Table, systems: list[str]) -> list[dict[str, Any]]:
         (row for row in rows if max(row["iou"].values()) >= 0.5),
         key=lambda row: (sum(row["iou"].values()), row["sent_id"]),
     )
-    chosen: list[dict[str, Any]] = []
+    chosen: list[Plain] = []
     for kind in KINDS:
         waiting = [row for row in possible if row["kind"] == kind]
         for _ in range(min(HARD_PER_KIND, len(waiting))):
@@ -169,17 +161,19 @@ def hardest(table: pa.Table, systems: list[str]) -> list[dict[str, Any]]:
     return chosen
 
 
-def draw(
-    rows: list[dict[str, Any]], systems: list[str], dataset: str, split: str, threshold: float, out: Path
-) -> list[dict[str, Any]]:
+def draw(rows: list[Plain], chosen: Params, dataset: str, reading: Reading, out: Path) -> list[Plain]:
     """Write one JPEG per row into `out`, the systems' answers in a line; returns what the report says about each.
 
-    The prediction is tinted, the true outline green, and below stands the IoU that was scored.
+    Each is captioned with its system and the IoU that was scored. Only one model is in memory at a time.
     """
-    from ris_core.evaluation.figures import grid
-
-    seen = scenes(rows, dataset, split)
-    columns = [answered(rows, seen, system, paths.model(system, dataset), threshold) for system in systems]
+    seen = scenes(rows, ShardStore(paths.shards(dataset)), paths.raw(dataset))
+    device, columns = cluster.device(chosen.cluster.use_gpu), []
+    for system in chosen.systems:
+        model, precision = paths.model(system, dataset), chosen.evaluate.precision
+        predictor = RISPredictor.from_folder(model, device, reading=reading, precision=precision)
+        captions = (f"{system} {row['iou'][system]:.2f}" for row in rows)
+        drawings = zip(answered(rows, seen, predictor), captions, strict=True)
+        columns.append([captioned(drawn.picture, text) for drawn, text in drawings])
     shown = []
     for number, (row, *panel) in enumerate(zip(rows, *columns, strict=True)):
         name = f"hard-{number:02d}-{row['kind']}.jpg"
@@ -188,49 +182,8 @@ def draw(
     return shown
 
 
-def scenes(rows: list[dict[str, Any]], dataset: str, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each row the photo, uint8 (H, W, 3), and the true mask, bool (H, W)."""
-    from ris_core.data.dataset import ShardStore
-    from ris_core.data.shards import load_image
-
-    store = ShardStore(paths.shards(dataset))
-    place = {store.row(int(index))["image_id"]: int(index) for index in store.images_of(split)}
-    found = []
-    for row in rows:
-        index = place[row["image_id"]]
-        image = store.row(index)
-        ann_id = next(ref["ann_id"] for ref in image["refs"] if ref["ref_id"] == row["ref_id"])
-        truth = store.mask(index, ann_id).astype(bool)
-        found.append((load_image(paths.raw(dataset) / image["file_name"]), truth))
-    return found
-
-
-def answered(
-    rows: list[dict[str, Any]],
-    seen: list[tuple[np.ndarray, np.ndarray]],
-    system: str,
-    model: Path,
-    threshold: float,
-) -> list[Image.Image]:
-    """A picture of one system's answer to each row, captioned with its name and IoU.
-
-    The model goes when this returns: only one is in memory at a time.
-    """
-    from ris_core.evaluation.figures import captioned, overlay
-    from ris_core.predictor import RISPredictor
-
-    predictor = RISPredictor.from_folder(model, threshold=threshold)
-    pictures = []
-    for row, (pixels, truth) in zip(rows, seen, strict=True):
-        predictor.set_image(pixels)
-        (prediction,) = predictor.predict([row["text"]])
-        picture = overlay(pixels, prediction.mask, truth, scale=max(1, round(320 / max(pixels.shape[:2]))))
-        pictures.append(captioned(picture, f"{system} {row['iou'][system]:.2f}"))
-    return pictures
-
-
-def headlines(splits: dict[str, dict[str, Any]]) -> list[str]:
-    """A line per split and pair for the terminal."""
+def headlines(splits: dict[str, Plain]) -> list[str]:
+    """Give a line per split and pair for the terminal."""
     lines = []
     for split, part in splits.items():
         for pair in part["pairs"]:

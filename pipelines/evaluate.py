@@ -5,24 +5,38 @@ python -m pipelines.evaluate --system cris --dataset shapes
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import typer
 
-from pipelines import cluster, files, gallery, paths
+from pipelines import cluster, gallery, paths
+from pipelines.params import Params
 from pipelines.scores import BEST, LOCATED, ORACLE, SHUFFLED, headline, rounded, short, sorted_splits, summary
-from pipelines.stage import run
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from ris_core.config import EvaluateParams, Params
-    from ris_core.evaluation.answers import Answerer
-    from ris_core.evaluation.metrics import Protocol
-    from ris_core.evaluation.queries import Query
+from pipelines.stage import check_names, params, run
+from ris_core import files
+from ris_core.data.dataset import ShardStore
+from ris_core.data.images import load_image
+from ris_core.data.proposal_store import ProposalStore
+from ris_core.device import best_device
+from ris_core.errors import WeightsError
+from ris_core.evaluation.answers import Answerer, BestProposals, MapAnswers, ProposalAnswers
+from ris_core.evaluation.behaviour import behaviour
+from ris_core.evaluation.cost import cost
+from ris_core.evaluation.evaluator import evaluate
+from ris_core.evaluation.metrics import PROTOCOLS, Protocol
+from ris_core.evaluation.params import EvaluateParams
+from ris_core.evaluation.queries import Query, queries_of, shuffled, swapped
+from ris_core.models.answer import Reading
+from ris_core.models.contract import MapSystem, ProposalSystem, System
+from ris_core.models.registry import ModelInfo, load_model
+from ris_core.options import Plain
+from ris_core.predictor import RISPredictor
 
 BEHAVIOUR_IMAGES = 40
 PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly busy
@@ -33,28 +47,20 @@ def main(
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Score a trained model: every expression once, named protocols, baselines, confidence intervals."""
-    import pyarrow.parquet as pq
-
-    from pipelines.stage import check_names, params
-    from ris_core.data.dataset import ShardStore
-    from ris_core.evaluation.metrics import PROTOCOLS
-    from ris_core.models.systems import load_model
-
     name = check_names(dataset, system)
-    chosen = params()
+    chosen = params("evaluate")
     for split in (*(chosen.evaluate.splits or ()), chosen.evaluate.shuffled_split):
         if split is not None:
             name.check_split(split)
     store = ShardStore(paths.shards(dataset))
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
-    model: Any
-    model, info = load_model(paths.model(system, dataset))  # a bad one is told before any actor starts
-    check_fit(info, store, system, dataset)
+    model, described = load_model(paths.model(system, dataset))  # a bad one is told before any actor starts
+    check_fit(described.info, store, system, dataset)
     wanted = jobs(protocols, splits, chosen.evaluate, model)
     tables = score(chosen, system, dataset, wanted)
 
-    metrics: dict[str, Any] = {}
+    metrics: Plain = {}
     with files.replaced_folder(paths.expressions(system, dataset)) as folder:
         for protocol in protocols:
             for split in splits:
@@ -72,47 +78,46 @@ def main(
     first = f"{protocols[0].name}/{splits[0]}"
     with files.replaced_folder(out / "gallery") as folder:
         rows = gallery.choose(tables[first])
-        threshold = protocols[0].threshold
-        shown = gallery.draw(rows, paths.model(system, dataset), threshold, store, paths.raw(dataset), folder)
+        predictor = predictor_of(chosen, system, dataset, protocols[0].reading)
+        shown = gallery.draw(rows, predictor, store, paths.raw(dataset), folder)
         files.write_json(folder / "gallery.json", rounded(shown))
-    behave(system, dataset, store, splits[0], protocols[0], chosen.evaluate.seed)
-    if "proposals" in info:
-        files.write_json(out / "setting.json", {"proposals": info["proposals"], **model.facts()})
+    behave(chosen, system, dataset, store, splits[0], protocols[0])
+    if isinstance(model, ProposalSystem):
+        files.write_json(out / "setting.json", {"proposals": described.info.proposals, **model.facts()})
     files.write_json(out / "metrics.json", metrics)  # last: where it lies, all of them do
     for protocol in protocols:
         for split in splits:
             typer.echo(headline(protocol.name, split, metrics[protocol.name][split]))
 
 
-def check_fit(info: dict[str, Any], store: Any, system: str, dataset: str) -> None:
+def check_fit(info: ModelInfo, store: ShardStore, system: str, dataset: str) -> None:
     """Raise WeightsError if a model is for images of another size, or for other proposals than were made."""
-    from ris_core.data.proposal_store import ProposalStore
-    from ris_core.errors import WeightsError
-
     model = paths.model(system, dataset)
-    if info["image_size"] != store.image_size:
-        sizes = f"is for images of {info['image_size']} pixels, the shards hold {store.image_size}"
+    if info.image_size != store.image_size:
+        sizes = f"is for images of {info.image_size} pixels, the shards hold {store.image_size}"
         raise WeightsError(f"{model} {sizes}: train again on these shards, or preprocess for this model")
-    if "proposals" in info:
+    if info.proposals is None and info.word_len is None:
+        raise WeightsError(f"{model} is what a training starts from: run the stage train")
+    if info.proposals is not None:
         made = ProposalStore(paths.proposals(dataset)).manifest
-        if made["options"] != info["proposals"] or made["data_digest"] != info["data_digest"]:
+        if made["options"] != info.proposals or made["data_digest"] != info.data_digest:
             raise WeightsError(
                 f"{model} and {paths.proposals(dataset)} were made with other options, or of other data: run the stages "
                 "propose, initialise and train again"
             )
 
 
-def behave(system: str, dataset: str, store: Any, split: str, protocol: Protocol, seed: int) -> None:
-    """Write what behavioural tests find, and what an answer costs; see ris_core/evaluation/{behaviour,cost}.py."""
-    from ris_core.data.shards import load_image
-    from ris_core.evaluation.behaviour import behaviour
-    from ris_core.evaluation.cost import cost
-    from ris_core.evaluation.queries import queries_of
-    from ris_core.predictor import RISPredictor
+def predictor_of(params: Params, system: str, dataset: str, reading: Reading) -> RISPredictor:
+    """Load a model to answer in this process as it was scored."""
+    device, precision = cluster.device(params.cluster.use_gpu), params.evaluate.precision
+    return RISPredictor.from_folder(paths.model(system, dataset), device, reading=reading, precision=precision)
 
+
+def behave(params: Params, system: str, dataset: str, store: ShardStore, split: str, protocol: Protocol) -> None:
+    """Write what behavioural tests find, and what an answer costs; see ris_core/evaluation/{behaviour,cost}.py."""
     out = paths.evaluation(system, dataset)
-    predictor = RISPredictor.from_folder(paths.model(system, dataset), threshold=protocol.threshold)
-    found = behaviour(predictor, store, paths.raw(dataset), split, BEHAVIOUR_IMAGES, seed)
+    predictor = predictor_of(params, system, dataset, replace(protocol.reading, resolution="original"))
+    found = behaviour(predictor, store, paths.raw(dataset), split, BEHAVIOUR_IMAGES, params.evaluate.seed)
     files.write_json(out / "behaviour.json", rounded(found))
     image = int(store.images_of(split)[0])
     texts = [query.text for query in queries_of(store, split, protocol, [image])]
@@ -120,11 +125,10 @@ def behave(system: str, dataset: str, store: Any, split: str, protocol: Protocol
     files.write_json(out / "cost.json", rounded(cost(predictor, rgb, texts)))
 
 
-def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, model: Any) -> list[dict[str, Any]]:
-    """What is to be scored: each protocol on each split, and the controls under the first protocol."""
-    from ris_core.models.systems import locates
-
-    on_proposals = not getattr(model, "trains", True)
+def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, model: System) -> list[Plain]:
+    """List what is to be scored: each protocol on each split, and the controls under the first protocol."""
+    on_proposals = isinstance(model, ProposalSystem)
+    locates = isinstance(model, MapSystem) and model.locates
     found = [
         {"job": job, "protocol": protocol.name, "split": split, "seed": params.seed}
         for protocol in protocols
@@ -133,26 +137,22 @@ def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, m
     ]
     if params.shuffled_split in splits:
         common = {"protocol": protocols[0].name, "split": params.shuffled_split, "seed": params.seed}
-        names = (*SHUFFLED, *([LOCATED] if locates(model) else []), *([ORACLE] if on_proposals else []))
+        names = (*SHUFFLED, *([LOCATED] if locates else []), *([ORACLE] if on_proposals else []))
         found += [{"job": control, **common} for control in names]
     return found
 
 
-def score(params: Params, system: str, dataset: str, wanted: list[dict[str, Any]]) -> dict[str, pa.Table]:
-    """Per-expression tables (evaluator.TABLE_SCHEMA), one per job, rows in the order of the data.
+def score(params: Params, system: str, dataset: str, wanted: list[Plain]) -> dict[str, pa.Table]:
+    """Make per-expression tables (evaluator.TABLE_SCHEMA), one per job, rows in the order of the data.
 
     Raises ClusterError if a GPU is wanted and the cluster has none.
     """
-    from ris_core.data.dataset import ShardStore
-
     store = ShardStore(paths.shards(dataset))
     pieces = []
     for job in wanted:
         count = len(job_queries(store, job))
         pieces += [{**job, "first": first, "last": min(first + PIECE, count)} for first in range(0, count, PIECE)]
     with cluster.connected():
-        import pyarrow.compute as pc
-
         use_gpu = cluster.has_gpu(params.cluster.use_gpu)
         cluster.check_resources(1, 1, int(use_gpu))
         places = {
@@ -165,10 +165,10 @@ def score(params: Params, system: str, dataset: str, wanted: list[dict[str, Any]
             }.items()
         }
         data = cluster.data()
-        actors = max(1, params.cluster.evaluate_actors // cluster.at_once())
+        actors = cluster.held(params.cluster.evaluate_actors, 1, int(use_gpu))
         rows = data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
             Scorer,
-            fn_constructor_args=(places, params.evaluate.images_per_batch, use_gpu),
+            fn_constructor_args=(places, params.evaluate.images_per_batch, params.evaluate.precision),
             batch_size=1,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=min(actors, len(pieces))),
@@ -180,11 +180,8 @@ def score(params: Params, system: str, dataset: str, wanted: list[dict[str, Any]
     return {name: table.filter(pc.equal(table["job"], name)).drop_columns(["job", "position"]) for name in names}
 
 
-def job_queries(store: Any, job: dict[str, Any]) -> list[Query]:
-    """All expressions of a job, grouped by image; a control's sentences are exchanged among referents."""
-    from ris_core.evaluation.metrics import PROTOCOLS
-    from ris_core.evaluation.queries import queries_of, shuffled, swapped
-
+def job_queries(store: ShardStore, job: Plain) -> list[Query]:
+    """Give all expressions of a job, grouped by image; a control's sentences are exchanged among referents."""
     queries = queries_of(store, job["split"], PROTOCOLS[job["protocol"]])
     control = {"shuffled_in_image": swapped, "shuffled_across": shuffled}.get(job["job"])
     return control(queries, job["seed"]) if control else queries
@@ -193,31 +190,33 @@ def job_queries(store: Any, job: dict[str, Any]) -> list[Query]:
 class Scorer:
     """A Ray Data actor: the model and the shards are opened once, then pieces of jobs come in, one at a time."""
 
-    def __init__(self, places: dict[str, str], images_per_batch: int, use_gpu: bool):
-        from ris_core.data.dataset import ShardStore
-        from ris_core.data.proposal_store import ProposalStore
-        from ris_core.evaluation.answers import ProposalAnswers
-        from ris_core.models.systems import load_model
-
-        self.model, self.info = load_model(places["model"], "cuda" if use_gpu else "cpu")
+    def __init__(self, places: dict[str, str], images_per_batch: int, precision: str):
+        model, described = load_model(places["model"], best_device())  # Ray shows it the GPU that it has, if any
         self.store = ShardStore(places["shards"])
-        self.proposals = ProposalStore(places["proposals"]) if "proposals" in self.info else None
-        photos, self.images_per_batch = Path(places["photos"]), images_per_batch
-        self.choosing = {
-            oracle: ProposalAnswers(self.model, photos, None if oracle else self.proposals) for oracle in (False, True)
-        }
+        self.images_per_batch = images_per_batch
+        self.answerers: dict[str, Answerer]  # by the end of a job's name; "" stands for all others
+        if isinstance(model, MapSystem):
+            assert described.info.word_len is not None  # it is trained
+            word_len = described.info.word_len
+            self.answerers = {
+                "": MapAnswers(model, word_len, precision=precision),
+                LOCATED: MapAnswers(model, word_len, "locate", precision),
+            }
+        else:
+            assert isinstance(model, ProposalSystem)
+            proposals, photos = ProposalStore(places["proposals"]), Path(places["photos"])
+            self.answerers = {
+                "": ProposalAnswers(model, photos, proposals),
+                BEST: BestProposals(proposals),
+                ORACLE: ProposalAnswers(model, photos),
+            }
         self.queries = lru_cache(8)(lambda job: job_queries(self.store, dict(job)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        import pyarrow as pa
-
-        from ris_core.evaluation.evaluator import evaluate
-        from ris_core.evaluation.metrics import PROTOCOLS
-
         (piece,) = batch.to_pylist()
         first, last = piece.pop("first"), piece.pop("last")
         table = evaluate(
-            self.answerer(piece["job"]),
+            self.answerers.get(piece["job"].rsplit("/")[-1], self.answerers[""]),
             self.store,
             self.queries(tuple(sorted(piece.items())))[first:last],
             PROTOCOLS[piece["protocol"]],
@@ -226,16 +225,6 @@ class Scorer:
         )
         table = table.append_column("job", pa.array([piece["job"]] * len(table), pa.string()))
         return table.append_column("position", pa.array(range(first, last), pa.int64()))
-
-    def answerer(self, job: str) -> Answerer:
-        """Whose answers a job is about."""
-        from ris_core.evaluation.answers import BestProposals, MapAnswers
-
-        if self.proposals is None:
-            return MapAnswers(self.model, self.info["word_len"], "locate" if job == LOCATED else "segment")
-        if job.endswith(BEST):
-            return BestProposals(self.proposals)
-        return self.choosing[job == ORACLE]
 
 
 if __name__ == "__main__":

@@ -1,22 +1,72 @@
-"""Pictures of an evaluation: best hits and worst misses of each kind of expression, with masks drawn."""
+"""Answers as pictures: what a system was scored for, drawn over the photos. A gallery shows typical hits and sure misses."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from PIL import Image
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
 
-    from ris_core.data.dataset import ShardStore
+from ris_core.data.dataset import ShardStore
+from ris_core.data.images import load_image
+from ris_core.evaluation.figures import captioned, grid, heat, overlay
+from ris_core.models.answer import resized
+from ris_core.options import Plain
+from ris_core.predictor import Prediction, RISPredictor
 
 KINDS = ("attribute", "size", "location", "order", "relation")
 PER_KIND = 2
+SHOWN_SIDE = 320  # pixels to which small pictures are enlarged
 
 
-def choose(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows to show: per kind of expression a typical hit (the upper quartile's IoU) and the most confident misses.
+@dataclass(frozen=True)
+class Scene:
+    """What an expression is about: a photo and its true mask."""
+
+    photo: np.ndarray  # uint8 (H, W, 3)
+    truth: np.ndarray  # bool (H, W)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An answer, drawn: the prediction tinted, the true outline in green, and the photo with where the system looked."""
+
+    prediction: Prediction
+    picture: Image.Image
+    looked: Image.Image | None
+
+
+def scenes(rows: Sequence[Plain], store: ShardStore, photos: Path) -> list[Scene]:
+    """Give the scene of each row of a table of expressions."""
+    places = store.places()
+    found = []
+    for row in rows:
+        index = places[row["image_id"]]
+        image = store.row(index)
+        ann_id = next(ref["ann_id"] for ref in image["refs"] if ref["ref_id"] == row["ref_id"])
+        found.append(Scene(load_image(photos / image["file_name"]), store.mask(index, ann_id).astype(bool)))
+    return found
+
+
+def answered(rows: Sequence[Plain], seen: Sequence[Scene], predictor: RISPredictor) -> Iterator[Drawn]:
+    """Give a predictor's answers to the rows of a table of expressions; it should compute and read as they were scored."""
+    reading = predictor.reading
+    for row, scene in zip(rows, seen, strict=True):
+        (prediction,) = predictor.answer(predictor.encode(scene.photo), [row["text"]])
+        photo, truth = scene.photo, resized(torch.from_numpy(scene.truth)[None], reading)[0].numpy()
+        if photo.shape[:2] != truth.shape:
+            photo = np.asarray(Image.fromarray(photo).resize(truth.shape[::-1]))
+        scale = max(1, round(SHOWN_SIDE / max(photo.shape[:2])))
+        looked = None if prediction.location is None else heat(photo, prediction.location, scale)
+        yield Drawn(prediction, overlay(photo, prediction.mask, truth, scale), looked)
+
+
+def choose(table: pa.Table) -> list[Plain]:
+    """Pick rows to show: per kind of expression a typical hit (the upper quartile's IoU) and the most confident misses.
 
     A hit is not the very best answer, which flatters; a miss is one the model was sure of, which teaches.
     """
@@ -35,41 +85,22 @@ def choose(table: pa.Table) -> list[dict[str, Any]]:
     return chosen
 
 
-def draw(
-    rows: list[dict[str, Any]], model: Path, threshold: float, store: ShardStore, image_root: Path, out: Path
-) -> list[dict[str, Any]]:
-    """Write one JPEG per row into `out` (prediction tinted, true outline in green) and return rows with file names.
+def draw(rows: Sequence[Plain], predictor: RISPredictor, store: ShardStore, photos: Path, out: Path) -> list[Plain]:
+    """Write one JPEG per row into `out` and return rows with file names; the predictor reads as they were scored.
 
-    The coarse map of a system that has one stands beside the mask.
-    `answers.jpg` shows a hit of each kind, side by side. `threshold` is that of the protocol the rows were scored with,
-    so that the pictures show what was scored.
+    Where the system looked stands beside the mask. `answers.jpg` shows a hit of each kind, side by side.
     """
-    from ris_core.data.shards import load_image
-    from ris_core.evaluation.figures import captioned, grid, heat, overlay
-    from ris_core.predictor import RISPredictor
-
-    predictor = RISPredictor.from_folder(model, threshold=threshold)
-    place = {store.row(i)["image_id"]: i for i in range(len(store))}
-    shown: list[dict[str, Any]] = []
+    shown: list[Plain] = []
     hits: dict[str, Image.Image] = {}
-    for number, row in enumerate(rows):
-        index = place[row["image_id"]]
-        image = store.row(index)
-        ann_id = next(ref["ann_id"] for ref in image["refs"] if ref["ref_id"] == row["ref_id"])
-        pixels = load_image(image_root / image["file_name"])
-        predictor.set_image(pixels)
-        (prediction,) = predictor.predict([row["text"]])
-        scale = max(1, round(320 / max(pixels.shape[:2])))
+    drawings = answered(rows, scenes(rows, store, photos), predictor)
+    for number, (row, drawn) in enumerate(zip(rows, drawings, strict=True)):
         name = f"{number:02d}-{row['verdict']}-{row['kind']}.jpg"
-        picture = overlay(pixels, prediction.mask, store.mask(index, ann_id).astype(bool), scale)
         if row["verdict"] == "hit":
-            hits.setdefault(row["kind"], captioned(picture, row["text"]))
-        if prediction.location is not None:
-            picture = grid([picture, heat(pixels, prediction.location, scale)], columns=2)
+            hits.setdefault(row["kind"], captioned(drawn.picture, row["text"]))
+        picture = grid([drawn.picture, drawn.looked], columns=2) if drawn.looked else drawn.picture
         picture.save(out / name, quality=85)
-        shown.append(
-            {"file": name, **{key: row[key] for key in ("text", "kind", "verdict", "iou", "score", "sent_id")}}
-        )
+        told = {key: row[key] for key in ("text", "kind", "verdict", "iou", "score", "sent_id")}
+        shown.append({"file": name, **told})
     if hits:
         grid(list(hits.values()), columns=len(hits)).save(out / "answers.jpg", quality=85)
     return shown

@@ -7,13 +7,19 @@ For a system of two stages this is its first: RISCLIP's locator is trained here,
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from pipelines import files, fingerprint, paths, tracking
-from pipelines.stage import run
+from pipelines import fingerprint, paths, tracking
+from pipelines.stage import check_names, params, run
+from pipelines.training import Training, tracked_fit
+from ris_core import files
+from ris_core.data.dataset import ShardStore
+from ris_core.models.clip import read_clip_config
+from ris_core.models.registry import ModelInfo, export_model, trains
+from ris_core.options import Plain, deciding
+from ris_core.training.run import initial_model
 
 
 def main(
@@ -21,43 +27,36 @@ def main(
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Write the model that training starts from; trains the first stage of a system that has one."""
-    from pipelines.stage import check_names, params
-    from pipelines.training import tracked_fit
-    from ris_core.data.dataset import ShardStore
-    from ris_core.models.clip import read_clip_config
-    from ris_core.models.systems import export_model, trains
-    from ris_core.training.run import initial_model
-
     check_names(dataset, system)
-    chosen = params()
-    section = getattr(chosen, system)
+    chosen = params("initialise", system)
+    section = chosen.of(system)
     store = ShardStore(paths.shards(dataset))
     clip = paths.clip(section.clip)
     clip_digest = read_clip_config(clip)["weights_sha256"]
-    info = {
-        "dataset": dataset,
-        "image_size": store.image_size,
-        "resample": store.resample,
-        "clip_digest": clip_digest,
-        "data_digest": fingerprint.file_digest(paths.shards(dataset) / "manifest.json"),
-    }
-    if not trains(system):
-        info["proposals"] = asdict(chosen.proposals)
-        del info["proposals"]["splits"]
-    first, scores = None, {}
+    data_digest = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
+    first, first_run, scores = None, "", {}
     with files.replaced_folder(paths.initialisation(system, dataset)) as results:
         if section.initialise is not None:
-            inputs = (asdict(section.model), asdict(section.initialise), info["data_digest"], clip_digest)
-            name = fingerprint.run_name("two-stage", system, dataset, *inputs)
-            parent = tracking.open_parent(chosen.register.experiment, name)
-            done, run_id = tracked_fit(chosen, system, dataset, "initialise", clip, clip_digest, parent)
+            training = Training(system, dataset, "initialise", section, section.initialise, clip, clip_digest)
+            parent = tracking.open_parent(chosen.register.experiment, training.name("two-stage"))
+            done, first_run = tracked_fit(chosen, training, parent)
             first, position = done.best, done.position
-            info |= {"mlflow_parent": parent, "first_stage_run": run_id}
             scores = {"best_epoch": position.best_epoch, **position.history[position.best_epoch - 1]}
             files.write_csv(results / "history.csv", position.history)
         files.write_json(results / "metrics.json", scores)
+        proposals: Plain | None = None if trains(system) else deciding(chosen.proposals.options())
+        info = ModelInfo(
+            image_size=store.image_size,
+            resample=store.resample,
+            proposals=proposals,
+            dataset=dataset,
+            data_digest=data_digest,
+            clip_digest=clip_digest,
+            first_stage_run=first_run,
+        )
         with files.replaced_folder(paths.start(system, dataset)) as folder:
-            export_model(folder, system, initial_model(chosen, system, clip, first), section.model, clip, info)
+            weights = initial_model(section, system, clip, first, chosen.train.seed)
+            export_model(folder, system, weights, section.model, clip, info)
     trained = f", first stage val mIoU {scores['val/mIoU']:.3f}" if scores else ""
     typer.echo(f"{paths.start(system, dataset)}: {system} on {clip}{trained}")
 

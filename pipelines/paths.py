@@ -6,11 +6,18 @@ import os
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+WATCHED = Path("results/params")
 REPORT = Path("results/report")
+WAITING = Path("results/waiting.json")  # by `python -m benchmarks.waiting --record` alone: no two machines agree on it
+
+
+def watched(name: str) -> Path:
+    """Locate the values that decide a stage's result; the names are those of `pipelines.inputs.name`."""
+    return WATCHED / f"{name}.json"
 
 
 def raw(dataset: str) -> Path:
-    """A dataset in the official REFER layout; for a real one, a folder or link of the user's."""
+    """Locate a dataset in the official REFER layout; for a real one, a folder or link of the user's."""
     return Path("data/raw") / dataset
 
 
@@ -27,7 +34,7 @@ def shards(dataset: str) -> Path:
 
 
 def proposals(dataset: str) -> Path:
-    """Masks to choose among, as a folder that `ris_core.data.proposal_store` reads."""
+    """Locate masks to choose among, as a folder that `ris_core.data.proposal_store` reads."""
     return Path("data/proposals") / dataset
 
 
@@ -36,7 +43,7 @@ def proposal_scores(dataset: str) -> Path:
 
 
 def clip(name: str) -> Path:
-    """A CLIP that systems start from, as a folder that `ris_core.models.clip.load_saved_clip` reads."""
+    """Locate a CLIP that systems start from, as a folder that `ris_core.models.clip.load_saved_clip` reads."""
     return Path("data/clip") / name
 
 
@@ -45,7 +52,7 @@ def clip_scores(name: str) -> Path:
 
 
 def start(system: str, dataset: str) -> Path:
-    """The model that training starts from, as a folder that `ris_core.models.systems.load_model` reads."""
+    """Locate the model that training starts from, as a folder that `ris_core.models.registry.load_model` reads."""
     return Path("models/start") / f"{system}-{dataset}"
 
 
@@ -54,7 +61,7 @@ def initialisation(system: str, dataset: str) -> Path:
 
 
 def model(system: str, dataset: str) -> Path:
-    """The trained model as a folder that `ris_core.models.load_model` reads."""
+    """Locate the trained model as a folder that `ris_core.models.registry.load_model` reads."""
     return Path("models") / f"{system}-{dataset}"
 
 
@@ -67,12 +74,12 @@ def evaluation(system: str, dataset: str) -> Path:
 
 
 def expressions(system: str, dataset: str) -> Path:
-    """The per-expression tables of an evaluation, one Parquet file per protocol."""
+    """Locate the per-expression tables of an evaluation, one Parquet file per protocol."""
     return Path("data/expressions") / f"{system}-{dataset}"
 
 
 def comparison(dataset: str) -> Path:
-    """How the systems compare on one dataset: paired tests, and pictures of hard expressions."""
+    """Locate how the systems compare on one dataset: paired tests, and pictures of hard expressions."""
     return Path("results/compare") / dataset
 
 
@@ -81,6 +88,6 @@ def registration(system: str, dataset: str) -> Path:
 
 
 def storage() -> str:
-    """Checkpoints of runs in flight: `RIS_STORAGE` (a folder all nodes share, or a bucket URI), else `runs/` here."""
+    """Locate checkpoints of runs in flight: `RIS_STORAGE` (a folder all nodes share, or a bucket URI), else `runs/` here."""
     place = os.environ.get("RIS_STORAGE", "runs")
     return place if "://" in place else str(Path(place).absolute())

@@ -10,17 +10,16 @@ from typing import Annotated
 
 import typer
 
-from pipelines import files, paths
-from pipelines.stage import run
+from pipelines import paths
+from pipelines.stage import params, run
+from ris_core import files
+from ris_core.data.records import write_records
+from ris_core.data.refer.audit import prepare
 
 
 def main(dataset: Annotated[str, typer.Option(help="refcoco_unc, refcocog_umd, shapes, ...")]) -> None:
     """Read a dataset, check everything about it, and write records and the audit report."""
-    from pipelines.stage import params
-    from ris_core.data.audit import prepare
-    from ris_core.data.records import write_records
-
-    chosen = params().prepare
+    chosen = params("prepare").prepare
     records, report = prepare(
         paths.raw(dataset),
         dataset,

@@ -8,27 +8,20 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import torch
 import typer
 
-from pipelines import files, paths
-from pipelines.stage import run
+from pipelines import cluster, paths
+from pipelines.stage import params, run
+from ris_core import files
+from ris_core.models.clip import input_size, load_clip, save_clip
+from ris_core.training.pretrain import pretrain_clip, read_captions
 
 
 def main(clip: Annotated[str, typer.Option(help="rn or vit: the sections clip_rn and clip_vit")]) -> None:
     """Train a small CLIP on captioned scenes, or load and check the weights that its section names."""
-    import torch
-
-    from pipelines.stage import params
-    from ris_core.config import CLIPS
-    from ris_core.errors import ConfigError
-    from ris_core.models.clip import input_size, load_clip, save_clip
-    from ris_core.training.pretrain import pretrain_clip, read_captions
-    from ris_core.training.runtime import best_device
-
-    if clip not in CLIPS:
-        raise ConfigError(f"there is no CLIP '{clip}'; there are {', '.join(CLIPS)}")
-    everything = params()
-    chosen = getattr(everything, f"clip_{clip}")
+    everything = params("pretrain_clip", clip)
+    chosen = everything.clip(clip)
     torch.manual_seed(chosen.seed)
     model = load_clip(chosen.architecture, chosen.weights, chosen.image_size)
     if chosen.weights:
@@ -37,7 +30,7 @@ def main(clip: Annotated[str, typer.Option(help="rn or vit: the sections clip_rn
     else:
         root = paths.raw(everything.captions)
         data = read_captions(root, root / everything.captions / "captions.json", input_size(model))
-        scores = pretrain_clip(model, data, chosen, torch.device(best_device()))
+        scores = pretrain_clip(model, data, chosen, torch.device(cluster.device(everything.cluster.use_gpu)))
     with files.replaced_folder(paths.clip(clip)) as folder:
         save_clip(model.cpu(), folder, chosen.architecture, {"weights": chosen.weights, **scores})
     files.write_json(paths.clip_scores(clip), {name: round(value, 4) for name, value in scores.items()})

@@ -12,8 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import files, fingerprint, paths, tracking
-from pipelines.stage import run
+from pipelines import fingerprint, paths, registry, tracking
+from pipelines.stage import check_names, params, run
+from ris_core import files
+from ris_core.errors import ConfigError, DataError
+from ris_core.models.registry import WEIGHTS, load_model, system_class
 
 
 def main(
@@ -21,13 +24,10 @@ def main(
     dataset: Annotated[str, typer.Option(help="a dataset the system was trained and evaluated on")],
 ) -> None:
     """Log the model with its scores and lineage to MLflow and move the alias if it beats the champion."""
-    from pipelines.stage import check_names, params
-    from ris_core.models.systems import load_model, system_class
-
     check_names(dataset, system)
-    chosen = params().register
+    chosen = params("register").register
     model = paths.model(system, dataset)
-    _, info = load_model(model)
+    info = load_model(model)[1].info  # a damaged one is not registered
     protocol, parts = read_scores(paths.evaluation(system, dataset) / "metrics.json", chosen.split)
     score = parts[chosen.split][chosen.metric]
     name = f"ris-{system}-{dataset}".replace("+", "p")
@@ -43,23 +43,22 @@ def main(
         "metric": chosen.metric,
         "score": f"{score:.5f}",
         "git_commit": fingerprint.git_commit(),
-        "code_digest": fingerprint.served_code(),
-        "data_digest": info["data_digest"],
-        "clip_digest": info["clip_digest"],
-        "config_digest": info["config_digest"],
-        "weights_sha256": fingerprint.file_digest(model / "model.safetensors"),
+        "code_digest": fingerprint.served_code(system),
+        "data_digest": info.data_digest,
+        "clip_digest": info.clip_digest,
+        "config_digest": info.config_digest,
+        "weights_sha256": fingerprint.file_digest(model / WEIGHTS),
         "dvc_lock_sha256": fingerprint.file_digest(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
     }
     gallery = paths.evaluation(system, dataset) / "gallery"
-    run_id = info["mlflow_run"]
-    if not tracking.has_run(run_id):
+    run_id = tracking.find_run(chosen.experiment, info.run)
+    if run_id is None:
         print(f"the run that trained {model} is not in {tracking.uri()}: a new run holds the model", file=sys.stderr)
         run_id = tracking.open_run(chosen.experiment, f"{name}-{tags['weights_sha256'][:12]}", {}, tags)
     with tracking.running(run_id, system_metrics=False):
         pictures = gallery if gallery.exists() else None
-        notice = getattr(system_class(system), "notice", None)
-        version = tracking.register_model(run_id, name, model, numbers, tags, pictures, notice)
-    verdict = tracking.promote(name, version, chosen.alias, tags, chosen.minimum)
+        version = registry.register_model(run_id, name, model, numbers, tags, pictures, system_class(system).notice)
+    verdict = registry.promote(name, version, chosen.alias, tags, chosen.minimum)
     files.write_json(
         paths.registration(system, dataset), {"model": name, "protocol": protocol, "score": score, **verdict}
     )
@@ -67,9 +66,7 @@ def main(
 
 
 def read_scores(path: Path, split: str) -> tuple[str, dict[str, Any]]:
-    """The first protocol's name and its scores by split. Raises DataError without any, ConfigError without those of `split`."""
-    from ris_core.errors import ConfigError, DataError
-
+    """Read the first protocol's name and scores by split. Raises DataError without any, ConfigError without those of `split`."""
     if not path.exists():
         raise DataError(f"{path} does not exist: run the evaluate stage for this system and dataset first")
     protocol, parts = next(iter(json.loads(path.read_text()).items()))

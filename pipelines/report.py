@@ -11,16 +11,18 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+import jinja2
+import matplotlib
 import typer
 
-from pipelines import files, paths, report_tables
+from pipelines import paths, report_tables
 from pipelines.stage import run
-
-if TYPE_CHECKING:
-    import jinja2
+from ris_core import files
+from ris_core.errors import DataError, list_problems
+from ris_core.options import Plain
 
 CURVES = (("train/loss", "training loss"), ("val/mIoU", "validation mIoU"), ("val/oIoU", "validation oIoU"))
 CLIP_MEASURES = ("retrieval@1", "phrase_to_object", "patch_accuracy", "patch_object")
@@ -30,9 +32,11 @@ PUBLISHED = Path(__file__).parent / "published.json"  # the papers' own figures,
 
 def main() -> None:
     """Write the report page from what train, evaluate and compare left under results/."""
-    from ris_core.errors import DataError
-
-    runs = [read_run(metrics.parent) for metrics in sorted(Path("results/evaluate").glob("*/metrics.json"))]
+    timed = read_if_there(paths.WAITING) or {"date": "", "systems": {}}
+    runs = [
+        read_run(metrics.parent, timed["systems"])
+        for metrics in sorted(Path("results/evaluate").glob("*/metrics.json"))
+    ]
     if not runs:
         raise DataError("results/evaluate has no scores yet: run the evaluate stage first")
     datasets = [
@@ -52,6 +56,7 @@ def main() -> None:
     clips = {file.stem: json.loads(file.read_text()) for file in sorted(Path("results/clip").glob("*.json"))}
     page = template().render(
         runs=runs,
+        timed_on=timed["date"],
         datasets=datasets,
         published=json.loads(PUBLISHED.read_text()),
         clips={name: scores for name, scores in clips.items() if scores},  # real weights come without scores
@@ -66,9 +71,7 @@ def main() -> None:
 
 
 def template() -> jinja2.Template:
-    """The page's template, with the ways to write a number as filters."""
-    import jinja2
-
+    """Give the page's template, with the ways to write a number as filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -87,8 +90,11 @@ def template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Everything the page shows of one system on one dataset; None for what was not measured."""
+def read_run(folder: Path, timed: Plain) -> Plain:
+    """Read everything the page shows of one system on one dataset; None for what was not measured.
+
+    `timed` are the waiting times of all, by the names of such folders.
+    """
     system, dataset = folder.name.split("-", 1)
     gallery = json.loads((folder / "gallery" / "gallery.json").read_text())
     for item in gallery:
@@ -104,6 +110,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "metrics": json.loads((folder / "metrics.json").read_text()),
         "protocols": json.loads((folder / "protocols.json").read_text()),
         "cost": read_if_there(folder / "cost.json"),
+        "waiting": timed.get(folder.name),
         "behaviour": read_if_there(folder / "behaviour.json"),
         "histories": {", ".join(filter(None, (folder.name, stage))): rows for stage, rows in histories.items() if rows},
         "gallery": gallery,
@@ -111,7 +118,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """The epochs of a training; none where nothing was trained."""
+    """Read the epochs of a training; none where nothing was trained."""
     file = folder / "history.csv"
     if not file.exists():
         return []
@@ -119,9 +126,9 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(opened)]
 
 
-def read_comparison(folder: Path) -> dict[str, Any] | None:
-    """What stage `compare` found on one dataset, if it ran."""
-    found: dict[str, Any] | None = read_if_there(folder / "comparison.json")
+def read_comparison(folder: Path) -> Plain | None:
+    """Read what stage `compare` found on one dataset, if it ran."""
+    found: Plain | None = read_if_there(folder / "comparison.json")
     for item in found["hard"] if found else ():
         item["picture"] = folder / item["file"]
     return found
@@ -131,10 +138,8 @@ def read_if_there(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def check_pictures(datasets: list[dict[str, Any]]) -> None:
+def check_pictures(datasets: list[Plain]) -> None:
     """Raise DataError with all pictures that results name and that are not there."""
-    from ris_core.errors import DataError, list_problems
-
     named = [item for dataset in datasets for each in dataset["runs"] for item in each["gallery"]]
     named += [item for dataset in datasets if dataset["comparison"] for item in dataset["comparison"]["hard"]]
     missing = [str(item["picture"]) for item in named if not item["picture"].exists()]
@@ -144,20 +149,18 @@ def check_pictures(datasets: list[dict[str, Any]]) -> None:
 
 
 def picture(file: Path) -> str:
-    """The address of a picture from the page, which lies in the same repository."""
+    """Give the address of a picture from the page, which lies in the same repository."""
     return quote(Path(os.path.relpath(file, paths.REPORT)).as_posix(), safe="/+")
 
 
-def curves(runs: list[dict[str, Any]]) -> str | None:
-    """Learning curves of all runs side by side, as an SVG picture in a data URI; None if nothing was trained."""
+def curves(runs: list[Plain]) -> str | None:
+    """Draw learning curves of all runs side by side, as an SVG picture in a data URI; None if nothing was trained."""
     histories = {name: history for each in runs for name, history in each["histories"].items()}
     if not histories:
         return None
-    import matplotlib
-
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "ris"  # the same bytes for the same curves
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # after the choice of what draws
 
     figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.2), layout="constrained")
     for axis, (column, title) in zip(axes, CURVES, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from ris_core.options import Plain
 
 MAIN_PRECISION = ("Pr@0.5", "Pr@0.7", "Pr@0.9")  # of the table of all systems; all five stand in a system's own
 BOUNDS = {  # what a system that chooses among proposals could have scored
@@ -33,16 +34,16 @@ BEHAVIOUR = {  # test -> measure -> what it means; behaviour.py has the definiti
 }
 
 
-def by_dataset(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Runs under the names of their datasets."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def by_dataset(runs: Iterable[Plain]) -> dict[str, list[Plain]]:
+    """Put runs under the names of their datasets."""
+    found: dict[str, list[Plain]] = {}
     for run in runs:
         found.setdefault(run["dataset"], []).append(run)
     return found
 
 
-def overviews(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A table of the systems of one dataset for each protocol, the first protocol first.
+def overviews(runs: Sequence[Plain]) -> list[Plain]:
+    """Make a table of the systems of one dataset for each protocol, the first protocol first.
 
     `scores` of a row are {split: scores}, of the splits that its system was evaluated on; `bounds` are rows of their own.
     The random object's are the same for all systems, and taken from the first that has the split.
@@ -55,6 +56,7 @@ def overviews(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "system": run["system"],
                 "cost": run["cost"],
+                "waiting": run["waiting"],
                 "scores": run["metrics"][name],
                 "bounds": bounds(run["metrics"][name]),
             }
@@ -69,8 +71,8 @@ def overviews(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return tables
 
 
-def bounds(splits: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What one system could have scored, as far as it was measured: rows with a label and {split: mIoU and oIoU}."""
+def bounds(splits: dict[str, Plain]) -> list[Plain]:
+    """Give what one system could have scored, as far as measured: rows with a label and {split: mIoU and oIoU}."""
     return [
         {"label": label, "scores": {split: scores[name] for split, scores in splits.items() if name in scores}}
         for name, label in BOUNDS.items()
@@ -78,8 +80,8 @@ def bounds(splits: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def unanswered(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """For each system that had nothing to choose from for some expressions, how many that were."""
+def unanswered(rows: Iterable[Plain]) -> list[str]:
+    """Tell, for each system that had nothing to choose from for some expressions, how many that were."""
     found = []
     for row in rows:
         counts = [
@@ -92,18 +94,18 @@ def unanswered(rows: Iterable[dict[str, Any]]) -> list[str]:
     return found
 
 
-def devices(runs: Iterable[dict[str, Any]]) -> list[str]:
-    """Each device on which systems were timed, with the rate of matrix products there, in GFLOP/s, beside each timing."""
+def devices(runs: Iterable[Plain]) -> list[str]:
+    """List devices on which systems were timed, with the rate of matrix products there, in GFLOP/s, beside each timing."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        if run["cost"]:
-            rate = significant(run["cost"]["gflop_per_s_matmul"])
-            found.setdefault(run["cost"]["device"], []).append(f"{run['system']} {rate}")
+        if run["waiting"]:
+            rate = significant(run["waiting"]["gflop_per_s_matmul"])
+            found.setdefault(run["waiting"]["device"], []).append(f"{run['system']} {rate}")
     return [f"{device} ({', '.join(rates)})" for device, rates in found.items()]
 
 
-def sliced(runs: Sequence[dict[str, Any]], key: str, groups: Sequence[str]) -> dict[str, Any] | None:
-    """mIoU of the systems of one dataset by group of expressions, under the first protocol; None if there are none.
+def sliced(runs: Sequence[Plain], key: str, groups: Sequence[str]) -> Plain | None:
+    """Give mIoU of the systems of one dataset by group of expressions, under the first protocol; None if there are none.
 
     `key` names the slices in a split's scores. Columns are {split: [(group, number of expressions, note)]}, rows are
     (system, numbers in that order, None where there is none). A note is a group's range of sizes.
@@ -127,27 +129,27 @@ def sliced(runs: Sequence[dict[str, Any]], key: str, groups: Sequence[str]) -> d
     return {"protocol": protocol, "columns": columns, "rows": rows}
 
 
-def size_range(group: str, slices: dict[str, Any]) -> str:
-    """The range of object sizes that a group holds, if it is one of sizes: '≤ 4.1 %' (of the image)."""
+def size_range(group: str, slices: Plain) -> str:
+    """Give the range of object sizes that a group holds, if it is one of sizes: '≤ 4.1 %' (of the image)."""
     if "bounds" not in slices:
         return ""
     low, high = (f"{100 * bound:.2g} %" for bound in slices["bounds"])
     return {"small": f"≤ {low}", "medium": f"≤ {high}", "large": f"> {high}"}[group]
 
 
-def kinds(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """`sliced` by kind of expression, all kinds that occur."""
+def kinds(runs: Sequence[Plain]) -> Plain | None:
+    """Give `sliced` by kind of expression, all kinds that occur."""
     scores = (part for run in runs for splits in run["metrics"].values() for part in splits.values())
     return sliced(runs, "by_kind", first_seen(part["by_kind"] for part in scores))
 
 
-def sizes(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """`sliced` by size of the object, from small to large."""
+def sizes(runs: Sequence[Plain]) -> Plain | None:
+    """Give `sliced` by size of the object, from small to large."""
     return sliced(runs, "by_size", ("small", "medium", "large"))
 
 
-def behaviours(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the behavioural tests found of the systems of one dataset, as `sliced`; None if no system was tested."""
+def behaviours(runs: Sequence[Plain]) -> Plain | None:
+    """Give what behavioural tests found of the systems of one dataset, as `sliced`; None if no system was tested."""
     tested = [(run["system"], run["behaviour"]) for run in runs if run["behaviour"]]
     if not tested:
         return None
@@ -160,12 +162,12 @@ def behaviours(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def first_seen(names: Iterable[Iterable[str]]) -> list[str]:
-    """All names, in the order in which they first appear."""
+    """Give all names, in the order in which they first appear."""
     return list(dict.fromkeys(name for some in names for name in some))
 
 
 def score(value: float | None) -> str:
-    """A number from 0 to 1 with three digits, a count as it is, and a dash for what was not measured."""
+    """Write a number from 0 to 1 with three digits, a count as it is, and a dash for what was not measured."""
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
@@ -176,7 +178,7 @@ def p_value(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Three digits where there are as many, never an exponent."""
+    """Write three digits where there are as many, never an exponent."""
     if value == 0:
         return "0"
     digits = next((digits for digits, least in enumerate((100, 10, 1, 0.1)) if abs(value) >= least), 4)
@@ -184,5 +186,5 @@ def significant(value: float) -> str:
 
 
 def millions(value: int) -> str:
-    """A number of parameters."""
+    """Write a number of parameters."""
     return f"{significant(value / 1e6)}\u00a0M" if value else "0"

@@ -26,8 +26,12 @@ import typer
 
 from pipelines import cluster
 from pipelines.stage import run
+from ris_core.errors import ClusterError, ConfigError
 
+RESOLVE = "resolve"  # the stage
 AT_ONCE = 2  # stages, where they compute on CPUs
+# What libraries say in every run and nobody can act on: Ray's core about its own actors, DVC about a remote.
+NOISE = re.compile(r"core_worker\.cc:\d+: Actor with class name|^Use `dvc push` to send your updates")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -38,8 +42,7 @@ def main(
     ] = None,
 ) -> None:
     """Bring everything up to date that `dvc repro` would, with independent stages side by side."""
-    from ris_core.errors import ClusterError, ConfigError
-
+    resolve()
     stages = outdated()
     if not stages:
         typer.echo("everything is up to date")
@@ -64,8 +67,19 @@ def main(
         )
 
 
+def resolve() -> None:
+    """Bring the values that stages depend on up to date, if need be: only then DVC can tell what has changed.
+
+    Raises ConfigError where the parameters cannot be used; the reason was printed.
+    """
+    if RESOLVE not in json.loads(dvc("status", "--json", RESOLVE)):
+        return
+    if subprocess.run(_dvc("repro", "--single-item", RESOLVE), check=False).returncode:
+        raise ConfigError("the parameters cannot be used, for the reason above")
+
+
 def outdated() -> dict[str, list[str]]:
-    """Stages of dvc.yaml that DVC finds changed, and all that come after them; with each, those of them it waits for."""
+    """Find stages of dvc.yaml that DVC finds changed, and all that come after them; with each, those of them it waits for."""
     waits_for: dict[str, list[str]] = {name: [] for name in dvc("stage", "list", "--name-only").split()}
     for first, second in re.findall(r'^"(.+)" -> "(.+)";$', dvc("dag", "--dot"), re.MULTILINE):
         if first in waits_for and second in waits_for:
@@ -112,7 +126,7 @@ def in_order(stages: Mapping[str, Sequence[str]], work: Callable[[str], bool], a
 
 
 def reproduce(stage: str, width: int, environment: Mapping[str, str], children: set[subprocess.Popen[str]]) -> bool:
-    """One stage by DVC, every line it prints under its name; whether it succeeded. It is in `children` while it runs."""
+    """Run one stage by DVC, every line it prints under its name; whether it succeeded. It is in `children` while it runs."""
     with subprocess.Popen(
         _dvc("repro", "--single-item", stage),
         env={**os.environ, **environment},
@@ -125,14 +139,15 @@ def reproduce(stage: str, width: int, environment: Mapping[str, str], children: 
         children.add(process)
         assert process.stdout is not None
         for line in process.stdout:
-            print(f"{stage:{width}} | {line.rstrip()}", flush=True)
+            if not NOISE.search(line):
+                print(f"{stage:{width}} | {line.rstrip()}", flush=True)
     children.discard(process)
     return process.returncode == 0
 
 
 @contextmanager
 def stopped_together() -> Iterator[set[subprocess.Popen[str]]]:
-    """Inside the block, what ends this process (Ctrl-C, SIGTERM, a closed terminal) first interrupts the children given."""
+    """Let what ends this process in the block (Ctrl-C, SIGTERM, a closed terminal) first interrupt the children given."""
     children: set[subprocess.Popen[str]] = set()
 
     def stop(number: int, frame: object) -> None:
@@ -149,9 +164,7 @@ def stopped_together() -> Iterator[set[subprocess.Popen[str]]]:
 
 
 def dvc(*arguments: str) -> str:
-    """What a DVC command prints. Raises ConfigError with its message if it fails."""
-    from ris_core.errors import ConfigError
-
+    """Run a DVC command and give what it prints. Raises ConfigError with its message if it fails."""
     done = subprocess.run(_dvc(*arguments), capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         raise ConfigError(f"dvc {' '.join(arguments)} failed: {done.stderr.strip()}")

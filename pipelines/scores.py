@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+import numpy as np
+import pyarrow as pa
 
-    from ris_core.config import EvaluateParams
-    from ris_core.evaluation.metrics import Protocol
+from ris_core.evaluation.metrics import Protocol, bootstrap_intervals, by_group, scores, size_groups
+from ris_core.evaluation.params import EvaluateParams
+from ris_core.options import Plain
 
 # Beside the score of a split: sentences exchanged within an image, and over the whole split; the coarse map of a system
 # that has one, scored as if it were the mask; a zero-shot system choosing among the annotated objects, and the best of
@@ -21,16 +22,12 @@ BEST = "upper_bound"
 
 
 def sorted_splits(known: Iterable[str]) -> list[str]:
-    """All splits but train, validation first."""
+    """List all splits but train, validation first."""
     return sorted((split for split in known if split != "train"), key=lambda split: (split != "val", split))
 
 
-def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> dict[str, Any]:
-    """All scores of one split: ours with intervals, the random-object baseline, and slices by kind and by size."""
-    import numpy as np
-
-    from ris_core.evaluation.metrics import bootstrap_intervals, by_group, scores, size_groups
-
+def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plain:
+    """Give all scores of one split: ours with intervals, the random-object baseline, and slices by kind and by size."""
     unanswered = table.num_rows - int(table["found"].to_numpy().sum())
     table = counted(table, protocol)
     column = {name: table[name].to_numpy() for name in table.column_names if name not in ("text", "kind", "split")}
@@ -42,7 +39,7 @@ def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> dict
         found = by_group(names, intersection, union, protocol.strict)
         return {name: {key: part[key] for key in ("count", "mIoU", "oIoU")} for name, part in found.items()}
 
-    return rounded(
+    found = rounded(
         {
             "expressions": len(table),
             "images": len(np.unique(column["image_id"])),
@@ -58,24 +55,24 @@ def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> dict
             "by_size": {"bounds": list(bounds), **groups(sizes)},
         }
     )
+    assert isinstance(found, dict)
+    return found
 
 
 def counted(table: pa.Table, protocol: Protocol) -> pa.Table:
-    """The rows that a protocol counts: under one that skips them, not those where there was nothing to choose from."""
+    """Keep rows that a protocol counts: under one that skips them, not those where there was nothing to choose from."""
     return table.filter(table["found"]) if protocol.skip_unanswered else table
 
 
 def short(table: pa.Table, protocol: Protocol) -> dict[str, float]:
-    """mIoU and oIoU of a control."""
-    from ris_core.evaluation.metrics import scores
-
+    """Give mIoU and oIoU of a control."""
     table = counted(table, protocol)
     found = scores(table["intersection"].to_numpy(), table["union"].to_numpy(), protocol.strict)
     return rounded({name: found[name] for name in ("mIoU", "oIoU")})
 
 
 def rounded(value: Any) -> Any:
-    """Floats to five digits, so that a committed metrics file does not change with the last bit of a sum."""
+    """Round floats to five digits, so that a committed metrics file does not change with the last bit of a sum."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -83,8 +80,8 @@ def rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-def headline(protocol: str, split: str, part: dict[str, Any]) -> str:
-    """One line for the terminal."""
+def headline(protocol: str, split: str, part: Plain) -> str:
+    """Give one line for the terminal."""
     low, high = part["mIoU_95"]
     line = f"{protocol:9s} {split:6s} mIoU {part['mIoU']:.3f} [{low:.3f}, {high:.3f}]  oIoU {part['oIoU']:.3f}  "
     line += f"Pr@0.5 {part['Pr@0.5']:.3f}  right object {part['right_object']:.3f}  "

@@ -6,12 +6,16 @@ import base64
 import hashlib
 import os
 from collections.abc import Hashable, Mapping
-from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from ris_core.data.images import ImageLike
+from ris_core.errors import DataError, list_problems
+from ris_core.options import Plain
+from ris_core.predictor import Prediction, RISPredictor
 
 COLUMNS = ("counts", "height", "width", "score")
 EXPRESSIONS_AT_ONCE = 64  # about one image: bounds memory
@@ -28,20 +32,16 @@ class RISModel(PythonModel):
     call `predict` from several threads. `image` may also be a file's path where whoever loads the model says so, in
     process: `mlflow.pyfunc.load_model(uri, model_config={"allow_paths": True})`. A client never can.
 
-    Raises DataError, naming all rows that cannot be answered.
+    Raises DataError, naming all rows that cannot be answered, ConfigError for a threshold that is no probability.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        from ris_core.predictor import RISPredictor
-
         self.predictor = RISPredictor.from_folder(context.artifacts["model"])
         self.allow_paths = bool((context.model_config or {}).get("allow_paths", False))
 
     def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: Mapping[str, float] | None = None
     ) -> pd.DataFrame:
-        from ris_core.errors import DataError, list_problems
-
         threshold = float((params or {}).get("threshold", 0.5))
         images, texts = list(model_input["image"]), list(model_input["text"])
         rows_of: dict[Hashable, list[int]] = {}
@@ -52,7 +52,7 @@ class RISModel(PythonModel):
             for row, text in enumerate(texts)
             if not isinstance(text, str) or not text.strip()
         }
-        answers: dict[int, dict[str, Any]] = {}
+        answers: dict[int, Plain] = {}
         for rows in rows_of.values():
             try:
                 encoded = self.predictor.encode(self._image(images[rows[0]]))
@@ -69,10 +69,8 @@ class RISModel(PythonModel):
             )
         return pd.DataFrame([answers[row] for row in range(len(images))], columns=list(COLUMNS))
 
-    def _image(self, image: Any) -> Any:
-        """What the predictor takes. Raises DataError for a text that is not base64, nor the path of a file if allowed."""
-        from ris_core.errors import DataError
-
+    def _image(self, image: ImageLike) -> ImageLike:
+        """Give what the predictor takes. Raises DataError for a text that is not base64, nor the path of a file if allowed."""
         if not isinstance(image, str) or (self.allow_paths and os.path.isfile(image)):
             return image
         try:
@@ -83,16 +81,16 @@ class RISModel(PythonModel):
             raise DataError(f"the image text {image[:40]!r} is not base64 of an encoded image") from None
 
 
-def _identity(image: Any) -> Hashable:
-    """Equal for equal images of one request."""
+def _identity(image: object) -> Hashable:
+    """Give what is equal for equal images of one request."""
     if isinstance(image, str | bytes):
         return image
     if isinstance(image, np.ndarray):
-        return image.shape, image.dtype.str, hashlib.sha256(np.ascontiguousarray(image)).digest()
+        return image.shape, image.dtype.str, hashlib.sha256(image.tobytes()).digest()
     return id(image)
 
 
-def _plain(prediction: Any) -> dict[str, Any]:
+def _plain(prediction: Prediction) -> Plain:
     rle = prediction.rle
     height, width = rle["size"]
     return {"counts": rle["counts"], "height": height, "width": width, "score": prediction.score}

@@ -11,15 +11,14 @@ from typing import Annotated
 import typer
 
 from pipelines import paths
-from pipelines.stage import run
+from pipelines.stage import params, run
+from ris_core.data.shapes.synthetic import write_dataset
 
 
 def main(dataset: Annotated[str, typer.Option(help="shapes, shapes+ or shapesg")]) -> None:
     """Write a synthetic dataset in exactly the official RefCOCO files."""
-    from pipelines.stage import params
-    from ris_core.data.synthetic import write_dataset
-
-    counts = write_dataset(paths.raw(dataset), dataset, params().synthesize, workers=os.cpu_count() or 1)
+    spec = params("synthesize").synthesize
+    counts = write_dataset(paths.raw(dataset), dataset, spec, workers=os.cpu_count() or 1)
     typer.echo(f"{paths.raw(dataset)}: {counts}")
 
 

@@ -7,13 +7,18 @@ Of a zero-shot system nothing is trained: its model goes on as it is, with a run
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from pipelines import files, fingerprint, paths, tracking
-from pipelines.stage import run
+from pipelines import fingerprint, paths, tracking
+from pipelines.stage import check_names, params, run
+from pipelines.training import Training, open_run, tracked_fit
+from ris_core import files
+from ris_core.models.registry import CLIP_FOLDER, WEIGHTS, export_model, load_model, read_description
+from ris_core.options import digest
+from ris_core.training.run import check_start
 
 
 def main(
@@ -21,33 +26,28 @@ def main(
     dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
 ) -> None:
     """Train one system on one dataset; writes the best model and the learning curves."""
-    from pipelines.stage import check_names, params
-    from pipelines.training import open_run, tracked_fit
-    from ris_core.config import digest
-    from ris_core.models.systems import CLIP_FOLDER, export_model, load_model, read_model_info
-    from ris_core.training.run import check_start
-
     check_names(dataset, system)
-    chosen = params()
-    section = getattr(chosen, system)
+    chosen = params("train", system)
+    section = chosen.of(system)
     start = paths.start(system, dataset)
     check_start(start, system, section.model)
-    info = read_model_info(start)["info"]
-    weights_digest = fingerprint.file_digest(start / "model.safetensors")
-    start_digest = digest([weights_digest, info["clip_digest"], info.get("proposals")])
+    info = read_description(start).info
+    start_digest = digest([fingerprint.file_digest(start / WEIGHTS), info.clip_digest, info.proposals])
+    training = Training(system, dataset, "train", section, section.train, start, start_digest)
     if section.train is None:
-        _, run_id = open_run(chosen, system, dataset, "train", start_digest)
+        name, run_id = open_run(chosen, training, info.proposals)
         tracking.connect().set_terminated(run_id)
         weights, history, scores = dict(load_model(start)[0].state_dict()), [], {}
     else:
-        done, run_id = tracked_fit(chosen, system, dataset, "train", start, start_digest, info.get("mlflow_parent"))
+        parent = tracking.parent_of(chosen.register.experiment, info.first_stage_run)
+        done, name = tracked_fit(chosen, training, parent)
         assert done.best is not None
         position, weights, history = done.position, done.best, done.position.history
         scores = {"best_epoch": position.best_epoch, **history[position.best_epoch - 1]}
-        info |= {"word_len": section.train.word_len, "epoch": position.best_epoch, "val_mIoU": position.best_score}
-    config = [asdict(section.model), section.train and asdict(section.train), info.get("proposals")]
+        info = replace(info, word_len=section.train.word_len, epoch=position.best_epoch, val_mIoU=position.best_score)
+    config = digest([section.model, section.train, info.proposals])
     with files.replaced_folder(paths.model(system, dataset)) as folder:
-        info |= {"config_digest": digest(config), "mlflow_run": run_id}
+        info = replace(info, config_digest=config, run=name)
         export_model(folder, system, weights, section.model, start / CLIP_FOLDER, info)
     out = paths.training(system, dataset)
     files.write_csv(out / "history.csv", history, ["epoch", "val/mIoU"])

@@ -6,99 +6,116 @@ from its newest checkpoint in `RIS_STORAGE` (default `runs/`); with anything cha
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+from torch import nn
 
 from pipelines import cluster, fingerprint, paths, tracking
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from ris_core.config import Params
-    from ris_core.training.checkpoint import Checkpoint
+from pipelines.params import ClusterParams, Params
+from ris_core.data.dataset import ShardStore
+from ris_core.errors import RISError
+from ris_core.options import Plain, deciding
+from ris_core.training import checkpoint as checkpoints
+from ris_core.training.checkpoint import Checkpoint
+from ris_core.training.params import SystemSection, TrainParams
+from ris_core.training.run import first_stage_trainer, trainer_from
 
 Stage = Literal["initialise", "train"]
 
 
-def open_run(
-    params: Params, system: str, dataset: str, stage: Stage, base_digest: str, parent: str | None = None
-) -> tuple[str, str]:
-    """The MLflow run of a training, new or found again: its name, which ends in a fingerprint of its inputs, and its id."""
-    from ris_core.models.systems import trains
+@dataclass(frozen=True)
+class Training:
+    """One training of a system on a dataset: a stage of it by its parameters (None where nothing is trained).
 
-    section = getattr(params, system)
-    training = getattr(section, stage)
-    chosen = asdict(training) if training is not None else {}
-    data_digest = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
-    name = fingerprint.run_name(stage, system, dataset, asdict(section.model), chosen, data_digest, base_digest)
+    `base` is the folder of what is begun with, a CLIP for stage `initialise` and a model for stage `train`; its digest
+    stands for its content.
+    """
+
+    system: str
+    dataset: str
+    stage: Stage
+    section: SystemSection
+    params: TrainParams | None
+    base: Path
+    base_digest: str
+
+    @property
+    def data_digest(self) -> str:
+        """Give the digest of the shards that are read."""
+        return fingerprint.file_digest(paths.shards(self.dataset) / "manifest.json")
+
+    def name(self, label: str | None = None) -> str:
+        """Give `<label>-<system>-<dataset>-<fingerprint>`; the label is the stage, by default."""
+        decisive = (self.section.model, self.params, self.data_digest, self.base_digest)
+        name = fingerprint.run_name(self.stage, self.system, self.dataset, *decisive)
+        return name if label is None else f"{label}{name.removeprefix(self.stage)}"
+
+
+def open_run(
+    params: Params, training: Training, proposals: Plain | None = None, parent: str | None = None
+) -> tuple[str, str]:
+    """Open a training's MLflow run, new or found again: its name, which ends in a fingerprint of its inputs, and its id."""
+    shards = paths.shards(training.dataset)
+    manifest = ShardStore(shards).manifest
+    told = {
+        training.system: deciding(training.section.model),
+        "train": deciding(training.params) or {},
+        "preprocess": {key: manifest[key] for key in ("image_size", "storage", "resample")},
+    }
+    if proposals is not None:
+        told["proposals"] = proposals
+    name = training.name()
     run_id = tracking.open_run(
         params.register.experiment,
         name,
+        told,
         {
-            system: asdict(section.model),
-            "train": chosen,
-            "preprocess": asdict(params.preprocess),
-            **({} if trains(system) else {"proposals": asdict(params.proposals)}),
-        },
-        {
-            "ris.stage": stage,
-            "ris.system": system,
-            "ris.dataset": dataset,
-            "ris.data_digest": data_digest,
-            "ris.start_digest": base_digest,
+            "ris.stage": training.stage,
+            "ris.system": training.system,
+            "ris.dataset": training.dataset,
+            "ris.data_digest": training.data_digest,
+            "ris.start_digest": training.base_digest,
         },
         parent,
     )
-    tracking.log_dataset(run_id, dataset, paths.shards(dataset), data_digest, "training")
+    tracking.log_dataset(run_id, training.dataset, shards, training.data_digest, "training")
     return name, run_id
 
 
-def tracked_fit(
-    params: Params, system: str, dataset: str, stage: Stage, base: Path, base_digest: str, parent: str | None = None
-) -> tuple[Checkpoint, str]:
-    """One training from its beginning, or from where it was interrupted, to its end: final checkpoint and MLflow run.
+def tracked_fit(params: Params, training: Training, parent: str | None = None) -> tuple[Checkpoint, str]:
+    """Run a training from its beginning, or from where it was interrupted, to its end: final checkpoint and name of its run.
 
-    `base` is the folder of what is begun with, a CLIP for stage `initialise` and a model for stage `train`; its digest
-    stands for its content. `parent` is the MLflow run that this one is shown under.
+    `parent` is the MLflow run that its own is shown under.
     """
-    name, run_id = open_run(params, system, dataset, stage, base_digest, parent)
+    name, run_id = open_run(params, training, parent=parent)
     with tracking.running(run_id), cluster.connected():
-        return fit(params, system, dataset, stage, base, name, run_id), run_id
+        return fit(params.cluster, training, name, run_id), name
 
 
-def fit(params: Params, system: str, dataset: str, stage: Stage, base: Path, name: str, run_id: str) -> Checkpoint:
+def fit(place: ClusterParams, training: Training, name: str, run_id: str) -> Checkpoint:
     """Run the workers to the end and return the final checkpoint, which carries the best weights too.
-
-    `base` is the folder of what is begun with: a CLIP for stage `initialise`, a model for stage `train`.
 
     Raises ClusterError if the cluster is too small, and what a worker raised if that is an error meant for people.
     """
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        WorkerGroupError,
-    )
-    from ray.train.torch import TorchTrainer
-
-    from ris_core.errors import RISError
-    from ris_core.training import checkpoint as checkpoints
-
-    place = params.cluster
     use_gpu = cluster.has_gpu(place.use_gpu)
     cpus = place.cpus_per_worker or cluster.cpus_each(place.train_workers, int(use_gpu))
     cluster.check_resources(place.train_workers, cpus, int(use_gpu))
     config = {
-        "params": params,
-        "system": system,
-        "stage": stage,
-        "shards": str(paths.shards(dataset).absolute()),
-        "base": str(base.absolute()),
+        "section": training.section,
+        "system": training.system,
+        "stage": training.stage,
+        "shards": str(paths.shards(training.dataset).absolute()),
+        "base": str(training.base.absolute()),
         "run_id": run_id,
         "tracking_uri": tracking.uri(),
     }
@@ -134,26 +151,16 @@ class RayRuntime:
     """The loop's surroundings inside a Ray Train worker."""
 
     def __init__(self) -> None:
-        import ray.train
-        import ray.train.torch
-
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        import ray.train.torch
-        from torch import nn
-
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return ray.train.torch.prepare_model(model)
 
     def load(self) -> Checkpoint | None:
-        import ray.train
-
-        from ris_core.training import checkpoint as checkpoints
-
         saved = ray.train.get_checkpoint()
         if saved is None:
             return None
@@ -161,10 +168,6 @@ class RayRuntime:
             return checkpoints.load(Path(folder))
 
     def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
-        import ray.train
-
-        from ris_core.training import checkpoint as checkpoints
-
         with tempfile.TemporaryDirectory() as folder:
             saved = None
             if checkpoint is not None:
@@ -173,13 +176,8 @@ class RayRuntime:
             ray.train.report(metrics, checkpoint=saved)
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: build the system, then the library's loop."""
-    import logging
-    import os
-
-    from ris_core.training.run import first_stage_trainer, trainer_from
-
+def train_worker(config: Plain) -> None:
+    """Run in each Ray Train worker: build the system, then the library's loop."""
     logging.getLogger().setLevel(logging.WARNING)  # one of Ray's loggers escapes its LoggingConfig
     os.environ["MLFLOW_TRACKING_URI"] = config["tracking_uri"]
 
@@ -187,5 +185,5 @@ def train_worker(config: dict[str, Any]) -> None:
         tracking.log_metrics(config["run_id"], metrics, step)
 
     make = {"initialise": first_stage_trainer, "train": trainer_from}[config["stage"]]
-    trainer = make(config["params"], config["system"], Path(config["shards"]), Path(config["base"]), RayRuntime())
+    trainer = make(config["section"], config["system"], Path(config["shards"]), Path(config["base"]), RayRuntime())
     trainer.fit(log)

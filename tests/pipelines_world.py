@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from pipelines import fingerprint, paths
-from ris_core.config import Params, load_params
+from pipelines.params import Params, load_params
+from ris_core.models.clip import load_saved_clip, read_clip_config
+from ris_core.models.registry import ModelInfo, build_model, export_model, trains
+from ris_core.options import Plain, deciding, digest
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -98,31 +102,22 @@ def open_workplace(root: Path, tiny: Tiny, trained: Path) -> Workplace:
 
 def export_untrained(tiny: Tiny, folder: Path, system: str = SYSTEM) -> None:
     """A model folder as stage `train` leaves it, with random weights; stage `initialise` leaves less `info`."""
-    from dataclasses import asdict
-
-    import torch
-
-    from ris_core.config import digest
-    from ris_core.models.clip import load_saved_clip, read_clip_config
-    from ris_core.models.systems import build_model, export_model, trains
-
     params = tiny.params()
-    section = getattr(params, system)
+    section = params.of(system)
     clip = {"rn": tiny.clip, "vit": tiny.clip_vit}[section.clip]
     torch.manual_seed(1)
     weights = build_model(system, section.model, load_saved_clip(clip)).state_dict()
-    info = {
-        "dataset": DATASET,
-        "image_size": params.preprocess.image_size,
-        "data_digest": fingerprint.file_digest(tiny.shards / "manifest.json"),
-        "clip_digest": read_clip_config(clip)["weights_sha256"],
-        "config_digest": digest([asdict(section.model), section.train and asdict(section.train)]),
-        "mlflow_run": "0" * 32,
-    }
-    if trains(system):
-        info["word_len"] = section.train.word_len
-    else:
-        info["proposals"] = {name: value for name, value in asdict(params.proposals).items() if name != "splits"}
+    proposals: Plain | None = None if trains(system) else deciding(params.proposals.options())
+    info = ModelInfo(
+        image_size=params.preprocess.image_size,
+        word_len=section.train.word_len if section.train else None,
+        proposals=proposals,
+        dataset=DATASET,
+        data_digest=fingerprint.file_digest(tiny.shards / "manifest.json"),
+        clip_digest=read_clip_config(clip)["weights_sha256"],
+        config_digest=digest([section.model, section.train, proposals]),
+        run=f"train-{system}-{DATASET}-{0:012}",
+    )
     folder.mkdir(parents=True)
     export_model(folder, system, weights, section.model, clip, info)
 

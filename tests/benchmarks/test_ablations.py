@@ -9,29 +9,33 @@ import torch
 from tiny_world import Tiny
 
 from benchmarks import ablations
-from benchmarks.ablations import CHANGES, VARIANTS, Budget, Found, columns, parse, report_variant, train
+from benchmarks.ablations import CHANGES, VARIANTS, Budget, Found, build, columns, parse, report_variant, train, varied
 from benchmarks.measure import Report
-from benchmarks.models import OracleLTS, Told, true_priors
+from benchmarks.models import OracleLTS, true_priors
 from ris_core.evaluation.metrics import PROTOCOLS, iou
 from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import load_saved_clip
-from ris_core.models.systems import system_class
+from ris_core.training.optim import make_optimizer
+from ris_core.training.params import SystemSection
 
 OURS = PROTOCOLS["ours"]
 
 
-def build(tiny: Tiny, system: str, variant: str) -> Any:
+def of(tiny: Tiny, system: str, variant: str) -> SystemSection:
+    """The section of a variant in the tiny world."""
+    return varied(tiny.params().of(system), system, variant)
+
+
+def made(tiny: Tiny, system: str, variant: str) -> Any:
     """As `measure` does it, with the tiny world's CLIPs."""
-    section = getattr(tiny.params(), system)
-    config = replace(section.model, **CHANGES[system].get(variant, {}))
     clip = load_saved_clip(tiny.clip_vit if system == "risclip" else tiny.clip)
     torch.manual_seed(0)
-    return (OracleLTS if variant == "oracle" else system_class(system)).build(clip, config)
+    return build(of(tiny, system, variant), system, variant, clip)
 
 
 @pytest.fixture
 def oracle(tiny: Tiny) -> OracleLTS:
-    return build(tiny, "lts", "oracle")
+    return made(tiny, "lts", "oracle")
 
 
 def test_the_command_line_names_system_and_variants() -> None:
@@ -60,20 +64,35 @@ def test_a_budget_replaces_only_what_it_names(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize(("system", "variant"), [(s, v) for s, variants in CHANGES.items() for v in variants])
 def test_every_variant_differs_from_the_whole_and_can_be_built(tiny: Tiny, system: str, variant: str) -> None:
-    assert build(tiny, system, variant).config != build(tiny, system, "whole").config
+    assert made(tiny, system, variant).config != made(tiny, system, "whole").config
+
+
+def test_joint_alone_has_another_training_and_its_locator_a_tenth_of_the_rate(tiny: Tiny) -> None:
+    whole = of(tiny, "risclip", "whole")
+    assert whole == tiny.params().of("risclip")
+    for variant in VARIANTS["risclip"].keys() - {"joint"}:
+        assert of(tiny, "risclip", variant).train == whole.train
+    joint, model = of(tiny, "risclip", "joint"), made(tiny, "risclip", "joint")
+    assert joint.initialise == whole.initialise
+    assert joint.train is not None
+    rate = {id(p): group["lr"] for group in make_optimizer(model, joint.train).param_groups for p in group["params"]}
+    of_locator = {id(parameter) for parameter in model.locator.parameters()} & rate.keys()
+    assert of_locator
+    assert {rate[key] for key in of_locator} == {0.1 * joint.train.lr}
+    assert {rate[key] for key in rate.keys() - of_locator} == {joint.train.lr}
 
 
 @pytest.mark.parametrize(
     ("variant", "locates"), [("none", False), ("transformer", True), ("gaussian", True), ("oracle", False)]
 )
 def test_only_what_has_a_prior_of_its_own_locates(tiny: Tiny, variant: str, locates: bool) -> None:
-    model = build(tiny, "lts", variant)
+    model = made(tiny, "lts", variant)
     assert model.locates == locates
     assert (model.locator is not None) == locates
 
 
 def test_the_oracle_trains_exactly_what_the_variant_without_a_prior_does(tiny: Tiny, oracle: OracleLTS) -> None:
-    none = build(tiny, "lts", "none").state_dict()
+    none = made(tiny, "lts", "none").state_dict()
     state = oracle.state_dict()
     assert none.keys() == state.keys()
     assert all(torch.equal(none[name], state[name]) for name in none)
@@ -110,13 +129,13 @@ def test_the_oracles_training_works_under_autocast(tiny: Tiny, oracle: OracleLTS
 
 
 def test_given_the_same_prior_oracle_and_lts_segment_alike(tiny: Tiny, oracle: OracleLTS) -> None:
-    whole = build(tiny, "lts", "whole").eval()
+    whole = made(tiny, "lts", "whole").eval()
     oracle.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("locator.")})
     images, tokens, index, target = batch(tiny)
-    prior = whole.prior_target(target)
+    prior = oracle.priors = whole.prior_target(target)
     with torch.no_grad():
         features = whole.encode_image(images)
-        asked = Told(oracle.eval(), prior).segment(features, tokens, index)
+        asked = oracle.eval().segment(features, tokens, index)
         torch.testing.assert_close(asked, whole.segment(features, tokens, index, prior))
 
 
@@ -146,7 +165,7 @@ def test_every_expression_has_the_prior_of_its_own_object(tiny: Tiny, oracle: Or
 
 @pytest.mark.parametrize("variant", ["whole", "oracle"])
 def test_a_variant_is_trained_and_validated(tiny: Tiny, tmp_path: Path, variant: str) -> None:
-    model = build(tiny, "lts", variant)
+    model = made(tiny, "lts", variant)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     weights = train(model, Budget(2, 1).of(tiny.params().lts.train), tiny.store(), tmp_path)
     assert weights.keys() == before.keys()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pipelines_world import Workplace, export_untrained, open_workplace
+from pipelines_world import REPOSITORY, Workplace, export_untrained, open_workplace
+
+from pipelines import inputs, tracking
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -32,8 +35,6 @@ def workplace(tiny: Tiny, untrained: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture(scope="session")
 def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database that holds nothing yet. To make one takes seconds, to copy it none."""
-    from pipelines import tracking
-
     database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
@@ -49,3 +50,15 @@ def store(migrated_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copy(migrated_store, folder / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     return folder
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of this repository's code, of which fingerprints are taken during the test."""
+    root = tmp_path / "sources"
+    for package in ("ris_core", "pipelines"):
+        shutil.copytree(REPOSITORY / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(inputs, "ROOT", root)
+    inputs.code.cache_clear()
+    yield root
+    inputs.code.cache_clear()

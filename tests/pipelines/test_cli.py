@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from pipelines_world import Workplace, python
 
 from pipelines import cli
+from ris_core.data.images import read_image
+from ris_core.evaluation.figures import overlay
+from ris_core.predictor import RISPredictor
 
-MAKING = ["synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
+MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
 VERBS = [*MAKING, "evaluate", "register", "compare", "report", "predict"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
-HELP_ALL = f"""
+HELP = f"""
 import sys
 from pipelines.cli import app
-for arguments in (["--help"], *([verb, "--help"] for verb in {VERBS!r})):
-    sys.argv = ["ris", *arguments]
-    try:
-        app()
-    except SystemExit as end:
-        assert end.code == 0, (arguments, end.code)
+sys.argv = ["ris", "--help"]
+try:
+    app()
+except SystemExit as end:
+    assert end.code == 0, end.code
 print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+WITHOUT = """
+import sys
+from pipelines.cli import app
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+sys.argv = ["ris", *sys.argv[2:]]
+app()
 """
 
 
@@ -37,12 +51,39 @@ def ris(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return code, capsys.readouterr().err
 
 
-def test_help_of_every_verb_comes_without_heavy_libraries(tmp_path: Path) -> None:
-    done = python("-c", HELP_ALL, cwd=tmp_path)
+def test_help_comes_without_heavy_libraries_and_tells_what_verbs_do(tmp_path: Path) -> None:
+    done = python("-c", HELP, cwd=tmp_path, COLUMNS="200")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("heavy: []")
     for verb in VERBS:
-        assert f"ris {verb} [OPTIONS]" in done.stdout
+        (line,) = (line for line in done.stdout.splitlines() if line.strip("│ ").startswith(f"{verb} "))
+        assert cli.VERBS[verb] in line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_help_says_of_a_verb_is_what_its_module_says(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"pipelines.{verb.replace('-', '_')}")
+    assert module.main.__doc__.strip().splitlines()[0] == cli.VERBS[verb]
+    monkeypatch.setattr(sys, "argv", ["ris", verb, "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.app()
+    assert end.value.code == 0
+    assert f"ris {verb} [OPTIONS]" in capsys.readouterr().out
+
+
+def test_a_verb_says_which_library_it_lacks(workplace: Workplace) -> None:
+    """As where the library alone is installed, or `ris[serve]`."""
+    done = python("-c", WITHOUT, "ray,dvc,jinja2", "train", "--system", "cris", cwd=workplace.root)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: ris train needs ray, which is not installed here: pip install 'ris[pipelines]'\n"
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    done = python(
+        "-c", WITHOUT, "ray,dvc,mlflow,pandas,jinja2,psutil", "predict", "grey.png", "the star", cwd=workplace.root
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> None:
@@ -158,12 +199,6 @@ def test_a_preset_says_what_it_sets(
 def test_predict_draws_the_mask(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import numpy as np
-    from PIL import Image
-
-    from ris_core.evaluation.figures import overlay
-    from ris_core.predictor import RISPredictor, read_image
-
     workplace.link("model", "raw")
     image = next((workplace.root / "data/raw/shapes").rglob("*.jpg"))
     monkeypatch.setattr(sys, "argv", ["ris", "predict", str(image), "the red star", "--out", "mask.png"])
@@ -184,7 +219,8 @@ def test_predict_draws_the_mask(
     ("image", "text", "message"),
     [
         ("nowhere.jpg", "the star", "no image at nowhere.jpg"),
-        ("params.yaml", "the star", "params.yaml: not an image that can be decoded"),
+        ("params.yaml", "the star", "params.yaml cannot be used: it is none of the image formats read here (JPEG, PNG"),
+        ("https://example.org/a.jpg", "the star", "is an address, and nothing is fetched here"),
         ("grey.png", "  ", "expressions must be a list of non-blank texts"),
     ],
 )
@@ -196,8 +232,6 @@ def test_predict_refuses_what_it_cannot_answer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from PIL import Image
-
     workplace.link("model")
     Image.new("RGB", (40, 30), "grey").save("grey.png")
     code, shown = ris("predict", image, text, monkeypatch=monkeypatch, capsys=capsys)
@@ -209,11 +243,91 @@ def test_predict_refuses_what_it_cannot_answer(
 def test_an_empty_mask_is_said_so(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     workplace.link("model")
     Image.new("RGB", (40, 30), "grey").save("grey.png")
     arguments = ("predict", "grey.png", "the star", "--threshold", "0.9999")
     code, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
     assert "nothing in the image matched the expression: the mask is empty" in shown
+
+
+def test_a_cut_expression_is_said_so(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    code, shown = ris("predict", "grey.png", "the star " * 9, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "the expression is cut, its end was not heard: it has 20 tokens, the model reads 12" in shown
+    code, shown = ris("predict", "grey.png", "the star", monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, "cut" in shown) == (0, False)
+
+
+@pytest.mark.parametrize("threshold", ["7", "nan", "-0.1"])
+def test_a_threshold_that_is_no_probability(
+    threshold: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.link("model")
+    arguments = ("predict", "grey.png", "the star", "--threshold", threshold)
+    code, shown = ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert shown.startswith(
+        f"error: the threshold is {float(threshold)}: a probability is compared with it, use 0 to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("grey.png", "--out grey.png is the picture itself, which would be lost: give another name"),
+        ("link.png", "--out link.png is the picture itself, which would be lost: give another name"),
+        ("folder.png", "--out folder.png is no file that can be written: give the name of a picture"),
+        ("full.png", "--out full.png is no file that can be written: give the name of a picture"),
+        ("mask.gif", "--out mask.gif: give a .png or .jpg file in a folder that exists"),
+    ],
+)
+def test_predict_writes_where_nothing_is_lost(
+    out: str,
+    message: str,
+    workplace: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    before = Path("grey.png").read_bytes()
+    Path("link.png").symlink_to("grey.png")
+    Path("folder.png").mkdir()
+    Path("full.png").symlink_to("/dev/full")
+    code, shown = ris("predict", "grey.png", "the star", "--out", out, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert message in shown
+    assert Path("grey.png").read_bytes() == before
+
+
+def test_a_disk_that_is_full_leaves_the_picture_that_was_there(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    shutil.copy("grey.png", "mask.png")
+
+    def full(picture: Image.Image, place: Path) -> None:
+        Path(place).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, shown = ris("predict", "grey.png", "the star", "--out", "mask.png", monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, shown) == (1, "error: --out mask.png cannot be written: No space left on device\n")
+    assert Path("mask.png").read_bytes() == Path("grey.png").read_bytes()
+    assert not [path.name for path in Path().iterdir() if "partial" in path.name]
+
+
+def test_predict_says_what_is_wrong_with_a_name_in_the_registry(
+    workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    for model in ("models:/ris-cris-shapes@champion", "runs:/0123/model"):
+        code, shown = ris("predict", "grey.png", "x", "--model", model, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 1
+        assert shown.startswith(f"error: {model} cannot be loaded from sqlite:///")

@@ -103,6 +103,16 @@ def test_processes_share_the_cpus_of_the_nodes_that_can_hold_them(monkeypatch: p
     assert cluster.cpus_each(8, 1) == 8
 
 
+def test_no_more_processes_are_held_than_asked_for_or_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, (4, 0), (9, 2))
+    assert [cluster.held(wanted, 1, 0) for wanted in (1, 2, 64)] == [1, 2, 13]
+    assert [cluster.held(wanted, 2, 0) for wanted in (1, 64)] == [1, 6]
+    assert [cluster.held(wanted, 1, 1) for wanted in (1, 2, 3)] == [1, 2, 2]
+    assert cluster.held(3, 16, 0) == 1  # waits, or is told by `check_resources`
+    nodes(monkeypatch, (1, 0))
+    assert cluster.held(2, 1, 0) == 1
+
+
 def test_processes_that_fit_in_sum_and_on_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, (4, 1), (4, 0))
     cluster.check_resources(1, 4, 1)

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pipelines_world import DATASET, SYSTEM, Workplace, export_untrained
 
-from pipelines import evaluate, paths, scores
-from ris_core.config import EvaluateParams
+from pipelines import cluster, evaluate, gallery, paths, scores
 from ris_core.errors import ClusterError, DataError, WeightsError
 from ris_core.evaluation import evaluator
 from ris_core.evaluation.answers import MapAnswers
+from ris_core.evaluation.figures import outline
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.evaluation.metrics import scores as measured
-from ris_core.models.systems import export_model, load_model
+from ris_core.evaluation.params import EvaluateParams
+from ris_core.models.answer import Reading, resized
+from ris_core.models.contract import MapSystem, ProposalSystem
+from ris_core.models.registry import export_model, load_model
+from ris_core.options import Plain
+from ris_core.predictor import RISPredictor
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
 
 SPLITS = ["val", "testA", "testB"]
-JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), object())
+CHANGING = ["intersection", "union", "area", "score", "right_object"]  # columns of a table that depend on the answers
+SEGMENTING = Mock(spec=MapSystem, locates=False)
+JOBS = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), SEGMENTING)
 
 
 def test_jobs_are_protocols_times_splits_and_the_controls() -> None:
     scored = [f"{protocol}/{split}" for protocol in ("ours", "cris_val") for split in SPLITS]
     assert [job["job"] for job in JOBS] == [*scored, *scores.SHUFFLED]
     assert all((job["protocol"], job["split"]) == ("ours", "val") for job in JOBS[-2:])
-    locating, choosing = SimpleNamespace(locates=True), SimpleNamespace(trains=False)
+    locating, choosing = Mock(spec=MapSystem, locates=True), Mock(spec=ProposalSystem)
     without = evaluate.jobs([PROTOCOLS["ours"]], ["testA"], EvaluateParams(), locating)
     assert [job["job"] for job in without] == ["ours/testA"]  # the controls belong to their own split
     located = evaluate.jobs([PROTOCOLS["ours"], PROTOCOLS["cris_val"]], SPLITS, EvaluateParams(), locating)
@@ -59,11 +70,13 @@ def test_the_controls_exchange_sentences_and_nothing_else(tiny: Tiny) -> None:
     assert all(query.text in texts[query.image] for query in in_image.values())
 
 
-def one_process(tiny: Tiny, model: Path, job: dict[str, Any]) -> pa.Table:
+def one_process(tiny: Tiny, model: Path, job: Plain) -> pa.Table:
     """A job's table without Ray and without pieces."""
-    network, info = load_model(model)
+    network, described = load_model(model)
+    assert isinstance(network, MapSystem)
+    assert described.info.word_len is not None
     return evaluator.evaluate(
-        MapAnswers(network, info["word_len"], "locate" if job["job"] == "located" else "segment"),
+        MapAnswers(network, described.info.word_len, "locate" if job["job"] == "located" else "segment"),
         tiny.store(),
         evaluate.job_queries(tiny.store(), job),
         PROTOCOLS[job["protocol"]],
@@ -134,7 +147,9 @@ def test_the_stage_writes_scores_tables_and_pictures(
     }
     behaviour = json.loads((out / "behaviour.json").read_text())
     assert list(behaviour) == ["mirror", "swap", "absent"]
-    assert json.loads((out / "cost.json").read_text())["gflop_image"] > 0
+    cost = json.loads((out / "cost.json").read_text())
+    assert set(cost) == {"parameters", "trained_parameters", "gflop_image", "gflop_expression"}  # no machine's times
+    assert cost["gflop_image"] > 0
     assert not (out / "setting.json").exists()  # what a trained system depends on is in its model
     pictures = [item["file"] for item in json.loads((out / "gallery" / "gallery.json").read_text())]
     assert pictures
@@ -153,12 +168,12 @@ def test_the_coarse_map_of_a_system_that_has_one_is_scored_beside_its_masks(
     params = workplace.change(evaluate={"splits": ["testA", "val"]})
     model = paths.model("risclip", DATASET)
     export_untrained(workplace.tiny, model, "risclip")
-    network, info = load_model(model)
+    network, described = load_model(model)
     with torch.no_grad():
         network.get_parameter("locator.logit_bias").fill_(0.0)  # the map marks something
         network.get_parameter("decoder.head.bias").fill_(-4.0)  # the mask little of it
-    section = params.risclip.model
-    export_model(model, "risclip", network.state_dict(), section, workplace.tiny.clip_vit, info)
+    section = params.of("risclip").model
+    export_model(model, "risclip", network.state_dict(), section, workplace.tiny.clip_vit, described.info)
     evaluate.main("risclip", DATASET)
     metrics = json.loads((paths.evaluation("risclip", DATASET) / "metrics.json").read_text())["ours"]
     assert set(metrics["val"]) - set(metrics["testA"]) == {*scores.SHUFFLED, "located"}
@@ -172,6 +187,148 @@ def test_the_coarse_map_of_a_system_that_has_one_is_scored_beside_its_masks(
     assert abs(found["located"]["mIoU"] - found["ours/val"]["mIoU"]) > 0.01  # they are not the same
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if f"located {metrics['val']['located']['mIoU']:.3f}" in line] == ["val"]
+
+
+@pytest.fixture
+def marking(workplace: Workplace) -> Workplace:
+    """A workplace whose model has probabilities on both sides of every threshold in each image."""
+    workplace.link("raw", "shards")
+    model = paths.model(SYSTEM, DATASET)
+    export_untrained(workplace.tiny, model)
+    network, described = load_model(model)
+    with torch.no_grad():
+        network.get_parameter("proj.txt.weight").mul_(4.0)
+        network.get_parameter("proj.txt.bias").mul_(4.0)
+        network.get_parameter("proj.txt.bias")[-1] -= 1.0  # of all logits
+    section = workplace.tiny.params().of(SYSTEM).model
+    export_model(model, SYSTEM, network.state_dict(), section, workplace.tiny.clip, described.info)
+    return workplace
+
+
+def shown_size(photo: np.ndarray, reading: Reading) -> tuple[int, int]:
+    """Height and width at which answers about a photo are scored."""
+    height, width = photo.shape[:2]
+    return (height, width) if isinstance(reading.resolution, str) else (reading.resolution, reading.resolution)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["cris", "lavt"])
+def test_the_gallery_shows_what_was_scored(
+    name: str, marking: Workplace, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks that are drawn have the IoU of the table, and are drawn at the size at which they were scored."""
+    drawn: list[tuple[Plain, gallery.Scene, gallery.Drawn]] = []
+    answered = gallery.answered
+
+    def watched(
+        rows: Sequence[Plain], seen: Sequence[gallery.Scene], predictor: RISPredictor
+    ) -> Iterator[gallery.Drawn]:
+        for row, scene, each in zip(rows, seen, answered(rows, seen, predictor), strict=True):
+            drawn.append((row, scene, each))
+            yield each
+
+    marking.change(evaluate={"protocols": [name], "splits": ["val"], "shuffled_split": None})
+    monkeypatch.setattr(gallery, "answered", watched)
+    evaluate.main(SYSTEM, DATASET)
+    reading, out = PROTOCOLS[name].reading, paths.evaluation(SYSTEM, DATASET) / "gallery"
+    table = pq.read_table(paths.expressions(SYSTEM, DATASET) / f"{name}-val.parquet").to_pylist()
+    scored = {row["sent_id"]: row for row in table}
+    told = json.loads((out / "gallery.json").read_text())
+    assert [item["sent_id"] for item in told] == [row["sent_id"] for row, _, _ in drawn] != []
+    for item, (row, scene, each) in zip(told, drawn, strict=True):
+        truth = resized(torch.from_numpy(scene.truth)[None], reading)[0].numpy()
+        mask, (height, width) = each.prediction.mask, shown_size(scene.photo, reading)
+        assert mask.shape == truth.shape == (height, width)
+        assert 0 < mask.sum() < mask.size
+        of_table = scored[row["sent_id"]]
+        assert int((mask & truth).sum()) == pytest.approx(of_table["intersection"], abs=1)  # as in the test above
+        assert int((mask | truth).sum()) == pytest.approx(of_table["union"], abs=1)
+        assert item["iou"] == pytest.approx(of_table["intersection"] / of_table["union"], abs=1e-5)
+        scale = max(1, round(320 / max(height, width)))
+        picture = Image.open(out / item["file"])
+        assert picture.size == each.picture.size == (scale * width, scale * height)
+        photo = np.asarray(Image.fromarray(scene.photo).resize((width, height))).repeat(scale, 0).repeat(scale, 1)
+        tinted = (np.asarray(each.picture) != photo).any(axis=2)
+        mask, truth = (some.repeat(scale, 0).repeat(scale, 1) for some in (mask, truth))
+        edge = outline(truth, max(1, min(truth.shape) // 200))
+        assert np.array_equal(tinted | edge, mask | edge)
+    rows, seen, _ = zip(*drawn, strict=True)
+    assert any(scene.photo.shape[0] != scene.photo.shape[1] for scene in seen)  # which can lose its aspect ratio
+    for other in (replace(reading, threshold=0.45), replace(reading, upsampling="grid"), Reading()):
+        if other != reading:  # any other way to read them would have been noticed
+            reader = RISPredictor.from_folder(paths.model(SYSTEM, DATASET), reading=other)
+            masks = [each.prediction.mask for each in answered(rows, seen, reader)]
+            shown = [each.prediction.mask for _, _, each in drawn]
+            assert any(a.shape != b.shape or int((a != b).sum()) > 1 for a, b in zip(masks, shown, strict=True)), other
+
+
+@pytest.mark.ray
+def test_bf16_is_used_and_changes_scores_by_little(marking: Workplace, ray_session: None) -> None:
+    """Autocast works on a CPU too, where nothing asks for it by default."""
+    job = {"job": "ours/val", "protocol": "ours", "split": "val", "seed": 0}
+    params = marking.change(evaluate={"precision": "bf16"})
+    found = evaluate.score(params, SYSTEM, DATASET, [job])["ours/val"]
+    expected = one_process(marking.tiny, paths.model(SYSTEM, DATASET), job)
+    assert found.drop_columns(CHANGING).equals(expected.drop_columns(CHANGING))
+    differences = np.abs(found["score"].to_numpy() - expected["score"].to_numpy())
+    assert 1e-4 < differences.max() < 0.02  # of two runs in fp32 it would be below, see above
+    means = [measured(t["intersection"].to_numpy(), t["union"].to_numpy())["mIoU"] for t in (found, expected)]
+    assert means[0] == pytest.approx(means[1], abs=0.02)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_every_answer_is_computed_in_the_precision_that_was_asked_for(precision: str, prepared: Workplace) -> None:
+    places = {"model": str(paths.model(SYSTEM, DATASET)), "shards": str(paths.shards(DATASET))}
+    scorer = evaluate.Scorer(places, 4, precision)
+    assert {end: isinstance(each, MapAnswers) and each.precision for end, each in scorer.answerers.items()} == {
+        "": precision,
+        "located": precision,
+    }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "at_once", "actors"),
+    [
+        ([(64, 0)], "no", 1, 8),  # as many as are wanted
+        ([(2, 0), (1, 0)], "no", 1, 3),
+        ([(1, 0)], "no", 1, 1),
+        ([(0, 0), (1, 0)], "no", 4, 1),
+        ([(64, 0)], "no", 4, 8),
+        ([(8, 0)], "no", 4, 2),  # the other CPUs are of the other stages
+        ([(64, 1)], "yes", 1, 1),
+        ([(2, 4), (1, 4)], "yes", 1, 3),
+    ],
+)
+def test_no_more_actors_are_asked_for_than_the_cluster_holds(
+    nodes: list[tuple[float, float]],
+    gpus: str,
+    at_once: int,
+    actors: int,
+    prepared: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray would wait for the others for ever, or until it gives up."""
+
+    class Asked(Exception):
+        """Ends the stage where it asks."""
+
+    class Data:
+        from_items = Mock()
+
+        @staticmethod
+        def ActorPoolStrategy(size: int) -> None:
+            raise Asked(size)
+
+    monkeypatch.setattr(cluster, "connected", nullcontext)
+    monkeypatch.setattr(cluster, "check_resources", lambda *_: None)
+    monkeypatch.setattr(cluster, "data", Data)
+    monkeypatch.setattr(cluster, "_nodes", lambda: nodes)
+    monkeypatch.setenv(cluster.AT_ONCE, str(at_once))
+    monkeypatch.setattr(evaluate, "PIECE", 1)
+    params = prepared.change(cluster={"evaluate_actors": 8, "use_gpu": gpus})
+    with pytest.raises(Asked) as asked:
+        evaluate.score(params, SYSTEM, DATASET, JOBS)
+    assert asked.value.args == (actors,)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +348,9 @@ def test_splits_that_do_not_exist_are_refused(section: dict[str, Any], message: 
 
 def test_a_model_for_other_shards_is_refused(prepared: Workplace) -> None:
     model = prepared.own(paths.model(SYSTEM, DATASET)) / "model.json"
-    model.write_text(model.read_text().replace('"image_size": 64,\n  "data', '"image_size": 96,\n  "data'))
+    content = json.loads(model.read_text())
+    content["info"]["image_size"] = 96
+    model.write_text(json.dumps(content))
     with pytest.raises(WeightsError, match="cris-shapes is for images of 96 pixels, the shards hold 64: train again"):
         evaluate.main(SYSTEM, DATASET)
 

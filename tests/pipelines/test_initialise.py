@@ -7,20 +7,25 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import torch
 from pipelines_world import DATASET, SYSTEM, Workplace, contents, open_workplace
 from safetensors.torch import load_file
 
-from pipelines import cluster, fingerprint, initialise, paths, stage, tracking, train, training
-from ris_core.config import Params
+from pipelines import cluster, fingerprint, initialise, paths, tracking, train, training
+from pipelines.params import ClusterParams, Params
+from pipelines.training import Training
 from ris_core.errors import ConfigError, WeightsError
 from ris_core.models.clip import read_clip_config
-from ris_core.models.systems import load_model, read_model_info
+from ris_core.models.registry import ModelInfo, load_model, read_description
+from ris_core.models.risclip import RISCLIPConfig
+from ris_core.options import Plain
 from ris_core.training.run import first_stage_trainer, initial_model, trainer_from
 from ris_core.training.runtime import LocalRuntime
 
@@ -47,16 +52,17 @@ def test_fresh_layers_on_a_clip_need_no_cluster_and_no_tracking(
     workplace.link("shards", "clip")
     initialise.main(SYSTEM, DATASET)
     tiny, folder = workplace.tiny, paths.start(SYSTEM, DATASET)
+    params = tiny.params()
     weights = load_file(folder / "model.safetensors")
-    expected = initial_model(tiny.params(), SYSTEM, tiny.clip, None)
+    expected = initial_model(params.of(SYSTEM), SYSTEM, tiny.clip, None, params.train.seed)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
-    assert read_model_info(folder)["info"] == {
-        "dataset": DATASET,
-        "image_size": 64,
-        "resample": "opencv4",
-        "clip_digest": fingerprint.file_digest(tiny.clip / "clip.safetensors"),
-        "data_digest": fingerprint.file_digest(tiny.shards / "manifest.json"),
-    }
+    assert read_description(folder).info == ModelInfo(
+        dataset=DATASET,
+        image_size=64,
+        resample="opencv4",
+        clip_digest=fingerprint.file_digest(tiny.clip / "clip.safetensors"),
+        data_digest=fingerprint.file_digest(tiny.shards / "manifest.json"),
+    )
     assert json.loads((paths.initialisation(SYSTEM, DATASET) / "metrics.json").read_text()) == {}
     assert workplace.files() == {
         *(f"models/start/cris-shapes/{name}" for name in ("model.json", "model.safetensors", "clip/clip.json")),
@@ -102,8 +108,8 @@ def test_a_changed_input_is_another_first_stage(
 ) -> None:
     seen: list[tuple[str, str]] = []
 
-    def fit(params: Any, system: str, dataset: str, stage: str, base: Path, name: str, run_id: str) -> Any:
-        assert (stage, base) == ("initialise", paths.clip("vit"))
+    def fit(place: ClusterParams, training: Training, name: str, run_id: str) -> NoReturn:
+        assert (training.stage, training.base) == ("initialise", paths.clip("vit"))
         seen.append((name, run_id))
         raise Enough
 
@@ -119,6 +125,7 @@ def test_a_changed_input_is_another_first_stage(
     assert start() == first
     workplace.change(cluster={"train_workers": 2}, cris={"clip": "rn", "train": {"lr": 1.0}})
     workplace.change(risclip={"train": {"lr": 1.0}})
+    workplace.change(train={"loader_workers": 1, "checkpoint_every_steps": 2})
     assert start() == first  # the second stage's own settings do not change what is trained in the first
     workplace.change(risclip={"initialise": {"lr": 1e-2}})
     changed = [start()]
@@ -169,7 +176,13 @@ def both(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Both]:
     """`initialise` and then `train` of RISCLIP; the second stage is one epoch, and shorter than the first."""
-    folder = tmp_path_factory.mktemp("two_stages")
+    with trained(tmp_path_factory.mktemp("two_stages"), tiny, untrained, migrated_store) as found:
+        yield found
+
+
+@contextmanager
+def trained(folder: Path, tiny: Tiny, untrained: Path, migrated_store: Path) -> Iterator[Both]:
+    """Both stages, in a working directory and an MLflow store of their own, in which the block stays."""
     place = open_workplace(folder / "workplace", tiny, untrained)
     place.link("shards", "clip", "clip_vit")
     params = place.change(risclip={"train": {"epochs": 1}})
@@ -194,7 +207,8 @@ def rows(file: Path) -> list[dict[str, float]]:
 @pytest.mark.ray
 def test_both_stages_end_with_the_weights_of_a_plain_process(both: Both, tiny: Tiny, tmp_path: Path) -> None:
     runtime = LocalRuntime(tmp_path / "first", "cpu")
-    first = first_stage_trainer(both.params, TWO, tiny.shards, tiny.clip_vit, runtime)
+    section = both.params.of(TWO)
+    first = first_stage_trainer(section, TWO, tiny.shards, tiny.clip_vit, runtime)
     position = first.fit()
     assert first.best is not None
     assert same_weights(locator(both.start), first.best)
@@ -203,7 +217,7 @@ def test_both_stages_end_with_the_weights_of_a_plain_process(both: Both, tiny: T
     metrics = json.loads((both.place.root / RESULTS / "metrics.json").read_text())
     assert metrics == {"best_epoch": position.best_epoch, **history[position.best_epoch - 1]}
 
-    second = trainer_from(both.params, TWO, tiny.shards, both.place.root / START, LocalRuntime(tmp_path, "cpu"))
+    second = trainer_from(section, TWO, tiny.shards, both.place.root / START, LocalRuntime(tmp_path, "cpu"))
     second.fit()
     assert second.best is not None
     assert same_weights(both.model, second.best)
@@ -214,24 +228,49 @@ def test_both_stages_end_with_the_weights_of_a_plain_process(both: Both, tiny: T
 
 @pytest.mark.ray
 def test_the_model_tells_of_both_its_stages(both: Both, tiny: Tiny) -> None:
-    model, info = load_model(MODEL)
+    model, described = load_model(MODEL)
+    info = described.info
     assert not model.training
-    assert (info["system"], info["dataset"], info["image_size"], info["word_len"]) == (TWO, DATASET, 64, 12)
-    assert info["clip_digest"] == read_clip_config(tiny.clip_vit)["weights_sha256"]
-    assert fingerprint.file_digest(MODEL / "clip/clip.safetensors") == info["clip_digest"]
-    started = read_model_info(START)["info"]
-    assert {"mlflow_parent", "first_stage_run"} <= started.keys() <= info.keys()
-    assert "mlflow_run" not in started
+    assert (described.system, info.dataset, info.image_size, info.word_len) == (TWO, DATASET, 64, 12)
+    assert info.clip_digest == read_clip_config(tiny.clip_vit)["weights_sha256"]
+    assert fingerprint.file_digest(MODEL / "clip/clip.safetensors") == info.clip_digest
+    started = read_description(START).info
+    assert info.first_stage_run == started.first_stage_run != ""
+    assert (started.run, started.word_len, started.epoch, started.val_mIoU) == ("", None, None, None)
+    metrics = json.loads((both.place.root / paths.training(TWO, DATASET) / "metrics.json").read_text())
+    assert (info.epoch, info.val_mIoU) == (metrics["best_epoch"], metrics["val/mIoU"])
     left = both.place.files()
     assert {Path(file).parts[0] for file in left} == {"models", "results", "runs"}
     assert not [file for file in left if "partial" in file or file.endswith(".tmp")]
 
 
 @pytest.mark.ray
+def test_the_same_inputs_make_the_same_folders_wherever_the_runs_are_kept(
+    both: Both, tiny: Tiny, untrained: Path, migrated_store: Path, tmp_path: Path
+) -> None:
+    """Run ids of MLflow differ from store to store: a model names its runs instead, and DVC finds nothing changed."""
+    with trained(tmp_path, tiny, untrained, migrated_store) as elsewhere:
+        info = read_description(MODEL).info
+        second = [tracking.find_run("ris", name) for name in (info.run, info.first_stage_run)]
+    first = [tracking.find_run("ris", name) for name in (info.run, info.first_stage_run)]
+    assert None not in first + second
+    assert len({*first, *second}) == 4
+    for folder in (START, MODEL):
+        assert contents(elsewhere.place.root / folder) == contents(both.place.root / folder)
+        text = (both.place.root / folder / "model.json").read_text()
+        assert not [run_id for run_id in first + second if str(run_id) in text]
+
+
+@pytest.mark.ray
 def test_the_stages_are_two_finished_runs_under_one(both: Both) -> None:
     client = tracking.connect()
-    _, info = load_model(MODEL)
-    parent, first, second = (client.get_run(info[key]) for key in ("mlflow_parent", "first_stage_run", "mlflow_run"))
+    info = load_model(MODEL)[1].info
+    ids = (
+        tracking.parent_of("ris", info.first_stage_run),
+        tracking.find_run("ris", info.first_stage_run),
+        tracking.find_run("ris", info.run),
+    )
+    parent, first, second = (client.get_run(run_id) for run_id in ids)
     assert [run.info.status for run in (parent, first, second)] == ["FINISHED"] * 3
     for run, verb in ((parent, "two-stage"), (first, "initialise"), (second, "train")):
         assert run.info.run_name.startswith(f"{verb}-risclip-shapes-")
@@ -247,8 +286,8 @@ def test_the_stages_are_two_finished_runs_under_one(both: Both) -> None:
     assert len(client.search_runs([first.info.experiment_id])) == 3
 
 
-def worker_that_may_not_train(worker: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    def wrapped(config: dict[str, Any]) -> None:
+def worker_that_may_not_train(worker: Callable[[Plain], None]) -> Callable[[Plain], None]:
+    def wrapped(config: Plain) -> None:
         from ris_core.training.loop import Trainer
 
         def step(self: Trainer, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
@@ -271,15 +310,17 @@ def test_a_finished_first_stage_is_not_trained_again(both: Both, monkeypatch: py
         initialise.main(TWO, DATASET)
     assert contents(both.place.root / START) == before
     assert contents(both.place.root / RESULTS) == results
-    info = read_model_info(START)["info"]
+    run_id = tracking.find_run("ris", read_description(START).info.first_stage_run)
     client = tracking.connect()
-    assert client.get_run(info["first_stage_run"]).info.status == "FINISHED"
-    assert len(client.get_metric_history(info["first_stage_run"], "val/mIoU")) == 2
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert len(client.get_metric_history(run_id, "val/mIoU")) == 2
 
 
 @pytest.mark.ray
 def test_other_dimensions_than_those_of_the_start_are_refused(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    wider = replace(both.params.risclip, model=replace(both.params.risclip.model, adapter_dim=8))
-    monkeypatch.setattr(stage, "params", lambda: replace(both.params, risclip=wider))
+    section, changed = both.params.of(TWO), copy(both.params)
+    assert isinstance(section.model, RISCLIPConfig)
+    setattr(changed, TWO, replace(section, model=replace(section.model, adapter_dim=8)))
+    monkeypatch.setattr(train, "params", lambda stage, system: changed)
     with pytest.raises(ConfigError, match="adapter_dim is 4 in models/start/risclip-shapes, 8 in the parameters"):
         train.main(TWO, DATASET)

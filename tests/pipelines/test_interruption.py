@@ -14,9 +14,9 @@ from pipelines_world import DATASET, Workplace, contents, started, wait_for
 
 from pipelines import paths, preprocess
 from ris_core.data.dataset import ShardStore
-from ris_core.data.refer import DatasetName, read_refer
+from ris_core.data.refer.reader import DatasetName, read_refer
+from ris_core.data.shapes.synthetic import write_dataset
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
-from ris_core.data.synthetic import write_dataset
 from ris_core.errors import DataError
 
 PER_SHARD = 4

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pipelines_world import DATASET, Workplace, contents
 
-from pipelines import paths, preprocess
-from ris_core.config import PreprocessParams
+from pipelines import parts, paths, preprocess
 from ris_core.data.dataset import ShardStore
+from ris_core.data.shards import PreprocessParams
 from ris_core.errors import DataError
+from ris_core.options import Plain
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -22,7 +24,7 @@ PER_SHARD = 4
 SHARDS = 10  # of the 38 images
 
 
-def build(tiny: Tiny, out: Path, raw: Path | None = None, **changes: Any) -> dict[str, Any]:
+def build(tiny: Tiny, out: Path, raw: Path | None = None, **changes: Any) -> Plain:
     params = PreprocessParams(image_size=64, images_per_shard=PER_SHARD, **changes)
     return preprocess.build(tiny.records_file, raw or tiny.raw, out, DATASET, params)
 
@@ -54,10 +56,10 @@ def spoilt(tiny: Tiny, tmp_path: Path) -> tuple[Path, list[str]]:
 def test_one_worker_writes_the_same_bytes_as_four(
     tiny: Tiny, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_after_another(tasks: list[dict[str, str]]) -> list[dict[str, Any]]:
-        return [json.loads(preprocess.write_one(row)["entry"]) for row in reversed(tasks)]
+    def one_after_another(tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row]) -> list[Plain]:
+        return [json.loads(write({"task": json.dumps(task)})["done"]) for task in reversed(tasks)]
 
-    monkeypatch.setattr(preprocess, "run_tasks", one_after_another)
+    monkeypatch.setattr(preprocess.parts, "run_tasks", one_after_another)
     build(tiny, tmp_path / "shards")
     assert contents(tmp_path / "shards") == undisturbed
     assert set(undisturbed) == {"manifest.json", *(f"part-{i:05d}.arrow" for i in range(SHARDS))}
@@ -114,13 +116,13 @@ def test_a_stopped_run_goes_on_with_what_was_finished(
 ) -> None:
     out = tmp_path / "shards"
 
-    def stopped(tasks: list[dict[str, str]]) -> list[dict[str, Any]]:
-        for row in tasks[:3]:
-            preprocess.write_one(row)
+    def stopped(tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row]) -> list[Plain]:
+        for task in tasks[:3]:
+            write({"task": json.dumps(task)})
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "run_tasks", stopped)
+        patch.setattr(preprocess.parts, "run_tasks", stopped)
         with pytest.raises(KeyboardInterrupt):
             build(tiny, out)
     (work,) = tmp_path.glob("shards.partial-*")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from pipelines_world import DATASET, Workplace, contents, open_workplace
 
-from pipelines import cluster, paths, propose
+from pipelines import cluster, parts, paths, propose
+from ris_core.data.images import load_image
 from ris_core.data.proposal_store import ProposalStore
-from ris_core.data.shards import load_image
 from ris_core.errors import ConfigError, DataError
 from ris_core.models.proposals import felzenszwalb
+from ris_core.options import Plain
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -36,12 +38,15 @@ def ready(workplace: Workplace) -> Workplace:
     return workplace
 
 
-def in_this_process(wanted: list[dict[str, str]], params: Any) -> list[str]:
-    return sorted(propose.write_one(row)["name"] for row in wanted)
+Write = Callable[[parts.Row], parts.Row]
 
 
-def last_first(wanted: list[dict[str, str]], params: Any) -> list[str]:
-    return in_this_process(wanted[::-1], params)
+def in_this_process(wanted: Sequence[Plain], write: Write, use_gpu: str = "no") -> list[Plain]:
+    return [json.loads(write({"task": json.dumps(task)})["done"]) for task in wanted]
+
+
+def last_first(wanted: Sequence[Plain], write: Write, use_gpu: str = "no") -> list[Plain]:
+    return in_this_process(wanted[::-1], write)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def undisturbed(
 def test_proposals_are_made_of_all_splits_but_train(
     undisturbed: dict[str, bytes], ready: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(propose, "run_tasks", in_this_process)
+    monkeypatch.setattr(propose.parts, "run_tasks", in_this_process)
     propose.main(DATASET)
     store, shards = ProposalStore(OUT), ready.tiny.store()
     images = sorted({int(image) for split in SPLITS for image in shards.images_of(split)})
@@ -87,7 +92,7 @@ def test_proposals_are_made_of_all_splits_but_train(
 def test_the_stage_tells_how_many_there_are(
     ready: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(propose, "run_tasks", in_this_process)
+    monkeypatch.setattr(propose.parts, "run_tasks", in_this_process)
     ready.change(proposals={"splits": ["testA", "val"]})
     propose.main(DATASET)
     store, shards = ProposalStore(OUT), ready.tiny.store()
@@ -112,9 +117,9 @@ def test_the_stage_tells_how_many_there_are(
 @pytest.mark.ray
 @pytest.mark.parametrize("order", [in_this_process, last_first])
 def test_the_bytes_do_not_depend_on_who_writes_them_or_when(
-    order: Any, undisturbed: dict[str, bytes], ready: Workplace, monkeypatch: pytest.MonkeyPatch
+    order: Callable[..., list[Plain]], undisturbed: dict[str, bytes], ready: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(propose, "run_tasks", order)
+    monkeypatch.setattr(propose.parts, "run_tasks", order)
     propose.main(DATASET)
     assert contents(OUT) == undisturbed
     propose.main(DATASET)
@@ -126,12 +131,12 @@ def test_the_bytes_do_not_depend_on_who_writes_them_or_when(
 def test_a_stopped_run_goes_on_with_what_was_finished(
     undisturbed: dict[str, bytes], ready: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(wanted: list[dict[str, str]], params: Any) -> list[str]:
-        in_this_process(wanted[:2], params)
+    def stopped(wanted: Sequence[Plain], write: Write, use_gpu: str) -> list[Plain]:
+        in_this_process(wanted[:2], write)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(propose, "run_tasks", stopped)
+        patch.setattr(propose.parts, "run_tasks", stopped)
         with pytest.raises(KeyboardInterrupt):
             propose.main(DATASET)
     assert not OUT.exists()
@@ -148,12 +153,12 @@ def test_a_stopped_run_goes_on_with_what_was_finished(
 
 
 def test_other_options_do_not_take_over_what_was_finished(ready: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(wanted: list[dict[str, str]], params: Any) -> list[str]:
-        in_this_process(wanted[:1], params)
+    def stopped(wanted: Sequence[Plain], write: Write, use_gpu: str) -> list[Plain]:
+        in_this_process(wanted[:1], write)
         raise KeyboardInterrupt
 
     changes = [{}, {"felzenszwalb": {"sigma": 0.9}}, {"splits": ["val"]}]
-    monkeypatch.setattr(propose, "run_tasks", stopped)
+    monkeypatch.setattr(propose.parts, "run_tasks", stopped)
     for change in changes:
         ready.change(proposals=change)
         with pytest.raises(KeyboardInterrupt):

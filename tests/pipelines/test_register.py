@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 from pipelines_world import Workplace, contents, export_untrained
 
-from pipelines import files, fingerprint, register, tracking
+from pipelines import fingerprint, register, registry, tracking
+from pipelines.predict import model_folder
+from ris_core import files
 from ris_core.data import masks
 from ris_core.errors import ConfigError, DataError
 from ris_core.predictor import RISPredictor
@@ -37,7 +39,7 @@ def candidate(
         client.create_registered_model(NAME)
     all_tags = {**TAGS, "score": f"{score:.5f}", **(tags or {})}
     version = client.create_model_version(NAME, "file:///nowhere", tags=all_tags).version
-    return tracking.promote(NAME, str(version), alias, all_tags, minimum)
+    return registry.promote(NAME, str(version), alias, all_tags, minimum)
 
 
 def champion() -> str:
@@ -52,7 +54,7 @@ def test_the_first_version_becomes_champion_and_a_better_one_takes_over(store: P
     assert candidate(0.41) == {"version": "4", "decision": "champion"}
     assert champion() == "4"
     again = {**TAGS, "score": "0.41000"}
-    assert tracking.promote(NAME, "4", "champion", again, 0.0) == {"version": "4", "decision": "already champion"}
+    assert registry.promote(NAME, "4", "champion", again, 0.0) == {"version": "4", "decision": "already champion"}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_a_version_carries_its_lineage(
     scored = {"protocol": "ours", "split": "val", "metric": "mIoU", "score": "0.41000"}
     assert version.tags == scored | {
         "git_commit": "abc",
-        "code_digest": fingerprint.served_code(),
+        "code_digest": fingerprint.served_code("cris"),
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
         "config_digest": info["config_digest"],
@@ -127,7 +129,7 @@ def test_the_same_weights_are_registered_once_and_in_the_run_that_trained_them(
     evaluated(workplace)
     model = workplace.own(Path("models/cris-shapes"))
     content = json.loads((model / "model.json").read_text())
-    content["info"]["mlflow_run"] = run_id
+    content["info"]["run"] = "train-cris-shapes-aaaa"
     (model / "model.json").write_text(json.dumps(content))
     register.main("cris", "shapes")
     register.main("cris", "shapes")
@@ -250,7 +252,9 @@ def test_the_champion_answers_in_a_clean_process(served: Served) -> None:
     assert answers["path_asked_for"] is None or answers["path_asked_for"].startswith(f"{refusal}the image text ")
     assert answers["accents"].startswith(f"{refusal}the image text 'straße.jpg' is not base64")
     assert answers["no_path"] == f"{refusal}no image at no/where.png"
-    assert answers["no_image"].startswith(f"{refusal}10 bytes: not an image that can be decoded")
+    assert answers["no_image"].startswith(
+        f"{refusal}an image of 10 bytes cannot be used: it is none of the image formats"
+    )
     assert answers["blank"] == f"{refusal}the text must not be blank; got '  '"
     assert [line[:9] for line in answers["all_rows"].splitlines()[1:]] == ["  - row 1", "  - row 2", "  - row 3"]
 
@@ -263,7 +267,7 @@ def test_a_registered_model_is_a_model_folder_too(workplace: Workplace, store: P
         (folder / name).symlink_to(workplace.trained / name)
     evaluated(workplace)
     register.main("cris", "shapes")
-    folder = tracking.model_folder(f"models:/{NAME}@champion")
+    folder = model_folder(f"models:/{NAME}@champion")
     assert [(folder / name).read_bytes() for name in names] == [(workplace.trained / n).read_bytes() for n in names]
 
 
@@ -272,7 +276,7 @@ def test_a_frozen_clip_is_registered_with_its_system(workplace: Workplace, store
     export_untrained(workplace.tiny, model, "risclip")
     files.write_json(Path("results/evaluate/risclip-shapes/metrics.json"), {"ours": {"val": SCORES}})
     register.main("risclip", "shapes")
-    registered = contents(tracking.model_folder("models:/ris-risclip-shapes@champion"))
+    registered = contents(model_folder("models:/ris-risclip-shapes@champion"))
     assert registered == contents(model)
     assert {"clip/clip.json", "clip/clip.safetensors"} <= registered.keys()
     example = mlflow.pyfunc.load_model("models:/ris-risclip-shapes@champion")
@@ -302,13 +306,22 @@ def test_other_code_is_another_version_and_is_shipped(
 ) -> None:
     evaluated(workplace)
     register.main("cris", "shapes")
-    monkeypatch.setattr(fingerprint, "served_code", lambda: "other")
+    monkeypatch.setattr(fingerprint, "served_code", lambda system: "other")
     register.main("cris", "shapes")
     versions = tracking.connect().search_model_versions(f"name = '{NAME}'")
     assert sorted((version.version, version.tags["code_digest"] == "other") for version in versions) == [
         (1, False),
         (2, True),
     ]
+    decision = json.loads((workplace.root / "results/register/cris-shapes.json").read_text())["decision"]
+    assert decision == "champion", "what was mended must not stay out of service"
+    assert tracking.connect().get_model_version_by_alias(NAME, "champion").version == 2
+    evaluated(workplace, mIoU=0.40)
+    monkeypatch.setattr(fingerprint, "served_code", lambda system: "third")
+    register.main("cris", "shapes")
+    assert tracking.connect().get_model_version_by_alias(NAME, "champion").version == 2, (
+        "a lower score does not take over"
+    )
 
 
 @pytest.mark.parametrize("digest", ["clip_digest", "config_digest", "data_digest"])

@@ -18,19 +18,23 @@ import pytest
 from PIL import Image
 from pipelines_world import Workplace
 
-from pipelines import files, gallery, report, report_tables
+from pipelines import gallery, paths, report, report_tables
 from pipelines.scores import summary
-from ris_core.config import EvaluateParams
+from ris_core import files
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError
 from ris_core.evaluation.evaluator import TABLE_SCHEMA
 from ris_core.evaluation.figures import PREDICTED
 from ris_core.evaluation.metrics import PROTOCOLS
+from ris_core.evaluation.params import EvaluateParams
+from ris_core.models.answer import Reading
+from ris_core.options import Plain
+from ris_core.predictor import RISPredictor
 
 OURS = PROTOCOLS["ours"]
 
 
-def table(rows: list[dict[str, Any]]) -> pa.Table:
+def table(rows: list[Plain]) -> pa.Table:
     """A table as `evaluate` makes it, from what matters about each row."""
     plain = {"split": "val", "kind": "attribute", "intersection": 0, "union": 100, "area": 50, "score": 0.5}
     plain |= {"found": True, "object_share": 0.1}
@@ -58,7 +62,7 @@ def test_every_kind_of_expression_is_shown_and_ties_are_broken_by_sentence() -> 
     assert gallery.choose(table([])) == []
 
 
-def draw(workplace: Workplace, threshold: float, out: Path) -> list[dict[str, Any]]:
+def draw(workplace: Workplace, threshold: float, out: Path) -> list[Plain]:
     """A picture of the first sentence of the data."""
     out.mkdir()
     shards = ShardStore("data/shards/shapes")
@@ -67,7 +71,8 @@ def draw(workplace: Workplace, threshold: float, out: Path) -> list[dict[str, An
     row = {"image_id": image["image_id"], "ref_id": ref["ref_id"], "verdict": "hit", "kind": "size", "iou": 0.75}
     row |= {"text": ref["sentences"][0]["sent"], "sent_id": ref["sentences"][0]["sent_id"], "score": 0.5}
     model = Path("models/cris-shapes")
-    return gallery.draw([row], model, threshold, shards, Path("data/raw/shapes"), out)
+    predictor = RISPredictor.from_folder(model, reading=Reading(threshold))
+    return gallery.draw([row], predictor, shards, Path("data/raw/shapes"), out)
 
 
 def test_pictures_show_what_was_scored(workplace: Workplace, tmp_path: Path) -> None:
@@ -83,11 +88,17 @@ def test_pictures_show_what_was_scored(workplace: Workplace, tmp_path: Path) -> 
     assert np.abs(everything - tint).mean() < np.abs(nothing - tint).mean() - 10  # the mask covers all, or nothing
 
 
-def scores(seed: int, count: int = 20) -> dict[str, Any]:
+def scores(seed: int, count: int = 20) -> Plain:
     """Scores of one split in the form of metrics.json."""
     random = np.random.default_rng(seed)
     mean, cumulative = (round(float(value), 5) for value in random.uniform(0.2, 0.8, 2))
-    numbers = {"expressions": count, "images": count // 2, "mIoU": mean, "oIoU": cumulative, "right_object": 0.4321}
+    numbers: Plain = {
+        "expressions": count,
+        "images": count // 2,
+        "mIoU": mean,
+        "oIoU": cumulative,
+        "right_object": 0.4321,
+    }
     numbers |= {name: round(float(random.random()), 5) for name in report.PRECISION}
     numbers |= {"mIoU_95": [mean - 0.05, mean + 0.05], "oIoU_95": [cumulative - 0.04, cumulative + 0.04]}
     kinds = {kind: {"count": count // 5, "mIoU": round(float(random.random()), 5)} for kind in gallery.KINDS}
@@ -112,7 +123,7 @@ def evaluated(name: str, seed: int, **val: Any) -> Path:
 
 EPOCHS = [{"epoch": epoch, "train/loss": 1 / epoch, "val/mIoU": 0.1, "val/oIoU": 0.2} for epoch in (1, 2)]
 COST = {"parameters": 4_321_000, "trained_parameters": 765_432, "gflop_image": 12.345, "gflop_expression": 0.0123}
-COST |= {
+WAITING = {
     "ms_first": 45.678,
     "ms_next": 1.2345,
     "floor_ms_first": 23.4,
@@ -139,12 +150,18 @@ CLIP = {
 }
 
 
+def timed(**systems: Plain) -> None:
+    """Leave what `python -m benchmarks.waiting --record` leaves of systems on the dataset shapes."""
+    found = {f"{system}-shapes": waiting for system, waiting in systems.items()}
+    files.write_json(paths.WAITING, {"date": "2001-02-03", "commit": "0" * 40, "systems": found})
+
+
 def compared(dataset: str, pairs: bool = True) -> None:
     """Leave what `compare` leaves of two systems, or of one."""
     test = {"difference": 0.1234, "interval": [0.0456, 0.2012], "p": 0.002, "p_holm": 0.0234}
     other = {"difference": -0.0321, "interval": [-0.1, 0.05], "p": 0.0003, "p_holm": 0.4567}
     pair = {"first": "cris", "second": "risclip", "mIoU": test, "oIoU": other}
-    hard = {
+    hard: Plain = {
         "file": "hard-00-size.jpg",
         "text": "the <b>hard</b> one",
         "kind": "size",
@@ -179,6 +196,7 @@ def rows_of(heading: str, shown: str) -> list[list[str]]:
 def test_one_table_holds_all_systems_and_splits(workplace: Workplace) -> None:
     evaluated("cris-shapes", 1)
     files.write_json(evaluated("risclip-shapes", 2) / "cost.json", COST)
+    timed(risclip=WAITING)
     evaluated("cris-shapesg", 3)
     shown = page()
     groups, head, *rows = rows_of("<h3>shapes, protocol “ours”</h3>", shown)
@@ -198,8 +216,29 @@ def test_one_table_holds_all_systems_and_splits(workplace: Workplace) -> None:
     assert rows[0][11:] == ["–"] * 6
     assert rows[1][11:] == ["4.32 M", "0.765 M", "12.3", "0.0123", "45.7 floor 23.4", "1.23"]
     assert rows[2][1:] == ["0.271", "0.159", "", "", "", "0.271", "0.159", "", "", "", *[""] * 6]
-    assert "Timed on a <slow> one (risclip 87.6): the rate of float32 matrix products" in shown
+    told = "Timed by <code>python -m benchmarks.waiting</code> (2001-02-03) on a <slow> one (risclip 87.6): the rate of"
+    assert f"{told} float32 matrix products" in shown
     assert [row[0] for row in rows_of("<h3>shapesg, protocol “ours”</h3>", shown)[2:]] == ["cris", "random object"]
+
+
+def test_waiting_times_are_those_that_were_recorded_and_no_others(workplace: Workplace) -> None:
+    for system in ("cris", "lts"):
+        files.write_json(evaluated(f"{system}-shapes", 1) / "cost.json", COST)
+    counted = ["4.32 M", "0.765 M", "12.3", "0.0123"]
+
+    def ends(shown: str) -> list[list[str]]:
+        return [row[11:] for row in rows_of("<h3>shapes, protocol “ours”</h3>", shown)[2:4]]
+
+    assert ends(alone := page()) == [[*counted, "–", "–"]] * 2
+    assert "Timed by" not in alone
+    timed()  # as it is before anybody timed anything
+    assert page() == alone
+    timed(lts=WAITING, risclip=WAITING)  # the one is not in it, of the other there are no scores
+    shown = page()
+    assert ends(shown) == [[*counted, "–", "–"], [*counted, "45.7 floor 23.4", "1.23"]]
+    assert "on a <slow> one (lts 87.6): the rate" in shown
+    timed(cris=WAITING, lts={**WAITING, "device": "another", "gflop_per_s_matmul": 4.321})
+    assert "on a <slow> one (cris 87.6); another (lts 4.32): the rate" in page()
 
 
 def test_a_system_without_a_split_leaves_a_gap(workplace: Workplace) -> None:
@@ -390,12 +429,12 @@ def test_curves_of_both_stages_are_drawn(workplace: Workplace) -> None:
     assert page() == alone
     evaluated("risclip-shapes", 2)
     files.write_csv(Path("results/initialise/risclip-shapes/history.csv"), EPOCHS[:1])
-    run = report.read_run(Path("results/evaluate/risclip-shapes"))
+    run = report.read_run(Path("results/evaluate/risclip-shapes"), {})
     assert {name: [row["epoch"] for row in rows] for name, rows in run["histories"].items()} == {
         "risclip-shapes, stage 1": [1],
         "risclip-shapes": [1, 2],
     }
-    single = report.read_run(Path("results/evaluate/cris-shapes"))
+    single = report.read_run(Path("results/evaluate/cris-shapes"), {})
     assert list(single["histories"]) == ["cris-shapes"]
     picture = base64.b64decode((report.curves([single, run]) or "").partition(",")[2]).decode()
     assert [f"<!-- {name} -->" in picture for name in ("cris-shapes", "risclip-shapes, stage 1")] == [True, True]
@@ -409,7 +448,7 @@ def test_a_system_without_training_has_no_curve(history: str | None, workplace: 
         file.unlink()
     else:
         file.write_text(history)
-    run = report.read_run(Path("results/evaluate/global_local-shapes"))
+    run = report.read_run(Path("results/evaluate/global_local-shapes"), {})
     assert run["histories"] == {}
     assert report.curves([run]) is None
     assert '<h2 id="curves">' not in page()

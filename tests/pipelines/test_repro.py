@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from pipelines import cluster, repro
 from pipelines.repro import in_order, outdated, reproduce
 from ris_core.errors import ConfigError
 
@@ -150,3 +153,77 @@ def test_a_stopped_run_takes_its_stages_with_it(repository: Path) -> None:
         os.kill(int((repository / "pid").read_text()), 0)
     assert not (repository / "b").exists()
     assert set(outdated()) == {"a", "b"}
+
+
+@pytest.fixture
+def resolving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stage `resolve` that copies a line each of params.yaml to the files that two others depend on."""
+    (tmp_path / "resolve.py").write_text(
+        "import pathlib\n"
+        "pathlib.Path('resolved').mkdir(exist_ok=True)\n"
+        "for line in open('params.yaml'):\n"
+        "    name, value = line.split(': ')\n"
+        "    pathlib.Path('resolved', name).write_text(str(int(value)))\n"
+        "open('runs', 'a').write('resolve ')\n"
+    )
+    (tmp_path / "dvc.yaml").write_text(
+        f"""
+stages:
+  resolve:
+    cmd: {sys.executable} resolve.py
+    deps: [resolve.py]
+    params: [params.yaml: ]
+    outs: [resolved: {{cache: false, persist: true}}]
+  a: {{cmd: "cp resolved/a out_a && printf 'a ' >> runs", deps: [resolved/a], outs: [out_a]}}
+  b: {{cmd: "cp resolved/b out_b && printf 'b ' >> runs", deps: [resolved/b], outs: [out_b]}}
+"""
+    )
+    (tmp_path / "params.yaml").write_text("a: 1\nb: 1\n")
+    monkeypatch.chdir(tmp_path)
+    dvc("init", "--no-scm")
+
+    @contextmanager
+    def shared() -> Iterator[dict[str, str]]:
+        yield {}
+
+    monkeypatch.setattr(cluster, "shared", shared)
+    monkeypatch.setattr(cluster, "total_cpus", lambda: 2)
+    monkeypatch.setattr(cluster, "has_gpu", lambda wish: False)
+    return tmp_path
+
+
+def ran(place: Path) -> list[str]:
+    """What ran since this was asked before."""
+    log = place / "runs"
+    found = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return found
+
+
+def test_values_are_resolved_before_dvc_is_asked_what_has_changed(
+    resolving: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repro.main()
+    first, *others = ran(resolving)
+    assert (first, sorted(others)) == ("resolve", ["a", "b"])
+    repro.main()
+    assert capsys.readouterr().out.endswith("everything is up to date\n")
+    assert ran(resolving) == []
+    (resolving / "params.yaml").write_text("a: 1\nb: 2\n")
+    repro.main()
+    assert ran(resolving) == ["resolve", "b"]
+    assert (resolving / "out_b").read_text() == "2"
+
+
+def test_parameters_that_cannot_be_used_begin_nothing(
+    resolving: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "shared", lambda: pytest.fail("Ray was asked for"))
+    repro.resolve()
+    assert ran(resolving) == ["resolve"]
+    (resolving / "params.yaml").write_text("a: 2\nb: many\n")
+    with pytest.raises(ConfigError, match=r"^the parameters cannot be used, for the reason above$"):
+        repro.main()
+    assert "invalid literal for int() with base 10: 'many" in capfd.readouterr().err
+    assert ran(resolving) == []
+    assert (resolving / "resolved" / "b").read_text() == "1"  # what was resolved last stays

@@ -18,6 +18,7 @@ from tiny_world import Tiny
 
 from pipelines.serving_model import RISModel
 from ris_core.errors import ConfigError, DataError
+from ris_core.predictor import EncodedImage
 
 TEXTS = ["the red star", "the big circle", "left", "the blue ring next to the star"]
 
@@ -40,7 +41,7 @@ def served(folder: Path, **config: Any) -> RISModel:
 
 
 def ask(model: RISModel, images: list[Any], texts: list[Any], **params: Any) -> list[dict[str, Any]]:
-    answers = model.predict(None, pd.DataFrame({"image": images, "text": texts}), params)  # type: ignore[arg-type]
+    answers = model.predict(None, pd.DataFrame({"image": images, "text": texts}), params)
     return answers.to_dict("records")
 
 
@@ -67,7 +68,12 @@ def test_equal_images_of_a_request_are_encoded_once_wherever_they_stand(
     model = served(folder)
     encoded: list[Any] = []
     encode = model.predictor.encode
-    monkeypatch.setattr(model.predictor, "encode", lambda image: encoded.append(image) or encode(image))
+
+    def counting(image: Any) -> EncodedImage:
+        encoded.append(image)
+        return encode(image)
+
+    monkeypatch.setattr(model.predictor, "encode", counting)
     two = [base64.b64encode(content) for content in PICTURES[:2]]
     images = [bytes(two[i % 2]).decode() for i in range(16)]  # equal texts, each an object of its own
     texts = [TEXTS[i % len(TEXTS)] for i in range(16)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 from pipelines_world import REPOSITORY
 
-import ris_core
-from pipelines import fingerprint, tracking
+from pipelines import fingerprint, inputs, tracking
+from pipelines.predict import model_folder
 from ris_core.errors import ClusterError
 
 PARAMS = {"cris": {"num_layers": 1, "fpn_out": [16, 32]}, "train": {"lr": 1e-3, "loss": {"dice_weight": 0.5}}}
@@ -98,6 +97,23 @@ def test_stages_of_one_training_are_children_of_one_run(store: Path) -> None:
     assert "mlflow.parentRunId" not in client.get_run(other).data.tags
 
 
+def test_the_parent_of_a_run_is_found_by_the_runs_name(store: Path) -> None:
+    """A model's description names runs, not their ids, which differ from store to store."""
+    client = tracking.connect()
+    parent = tracking.open_parent("ris", "two-stage-risclip-shapes-aaaa")
+    child = tracking.open_run("ris", "initialise-risclip-shapes-aaaa", PARAMS, {}, parent)
+    open_run("train-cris-shapes-aaaa")
+    assert tracking.find_run("ris", "initialise-risclip-shapes-aaaa") == child
+    assert tracking.parent_of("ris", "initialise-risclip-shapes-aaaa") == parent
+    assert tracking.parent_of("ris", "train-cris-shapes-aaaa") is None  # it has none
+    for name in ("initialise-risclip-shapes-bbbb", ""):  # of another store; of a system with one stage
+        assert tracking.find_run("ris", name) is None
+        assert tracking.parent_of("ris", name) is None
+    assert tracking.find_run("other", "initialise-risclip-shapes-aaaa") is None
+    client.delete_run(parent)
+    assert tracking.parent_of("ris", "initialise-risclip-shapes-aaaa") is None
+
+
 def test_the_embedded_store_is_made_where_one_works(
     migrated_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,8 +165,8 @@ def test_a_store_that_is_none(place: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_model_that_is_not_registered(store: Path) -> None:
     with pytest.raises(ClusterError, match="models:/ris-cris-shapes@champion cannot be loaded from sqlite:"):
-        tracking.model_folder("models:/ris-cris-shapes@champion")
-    assert tracking.model_folder("models/cris-shapes") == Path("models/cris-shapes")
+        model_folder("models:/ris-cris-shapes@champion")
+    assert model_folder("models/cris-shapes") == Path("models/cris-shapes")
 
 
 def test_lineage_names_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,18 +192,45 @@ def test_run_names_change_with_every_input_and_with_the_code(monkeypatch: pytest
     assert base.startswith("train-cris-shapesp-")
     others = [({"lr": 2e-3}, "data", "clip"), ({"lr": 1e-3}, "other", "clip"), ({"lr": 1e-3}, "data", "other")]
     assert base not in {fingerprint.run_name("train", "cris", "shapes+", *inputs) for inputs in others}
-    monkeypatch.setattr(fingerprint, "code_version", lambda: "other")
+    monkeypatch.setattr(inputs, "digest_of", lambda files: "other")
     assert fingerprint.run_name("train", "cris", "shapes+", {"lr": 1e-3}, "data", "clip") != base
 
 
-def test_the_code_version_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint.code_version()
-    shutil.copytree(REPOSITORY / "ris_core", tmp_path / "ris_core", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(ris_core, "__file__", str(tmp_path / "ris_core" / "__init__.py"))
-    assert fingerprint.code_version() == before  # wherever the repository lies
-    with (tmp_path / "ris_core" / "training" / "loop.py").open("a") as file:
+def test_the_code_of_a_run_is_that_of_the_sources_wherever_they_lie(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = fingerprint.run_name("train", "cris", "shapes")
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "ROOT", REPOSITORY)
+        inputs.code.cache_clear()
+        assert fingerprint.run_name("train", "cris", "shapes") == copied
+    inputs.code.cache_clear()
+    with (sources / "ris_core" / "training" / "loop.py").open("a") as file:
         file.write("# a comment\n")
-    assert fingerprint.code_version() != before
+    assert fingerprint.run_name("train", "cris", "shapes") != copied
+
+
+SERVED = {
+    "pipelines/serving_model.py": True,
+    "ris_core/predictor.py": True,
+    "ris_core/data/images.py": True,
+    "ris_core/models/answer.py": True,
+    "ris_core/models/cris/layers.py": True,
+    "ris_core/models/lts/layers.py": False,
+    "ris_core/training/loop.py": False,
+    "ris_core/evaluation/cost.py": False,
+    "pipelines/train.py": False,
+}
+
+
+def test_the_served_code_is_what_a_registered_model_answers_with(sources: Path) -> None:
+    def changed_by(file: str) -> bool:
+        before = fingerprint.served_code("cris")
+        with (sources / file).open("a") as opened:
+            opened.write("\n")
+        return fingerprint.served_code("cris") != before
+
+    assert {file: changed_by(file) for file in SERVED} == SERVED
 
 
 def test_flat_names() -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import torch
@@ -19,9 +19,11 @@ from pipelines_world import DATASET, SYSTEM, Workplace, open_workplace, python, 
 from safetensors.torch import load_file, save_file
 
 from pipelines import fingerprint, initialise, paths, tracking, train, training
-from ris_core.config import Params
+from pipelines.params import ClusterParams, Params
+from pipelines.training import Training
 from ris_core.errors import ClusterError, ConfigError, WeightsError
-from ris_core.models.systems import load_model
+from ris_core.models.registry import load_model
+from ris_core.options import Plain
 from ris_core.training.run import trainer_from
 from ris_core.training.runtime import LocalRuntime
 
@@ -57,8 +59,8 @@ def _workers_get_this_code(ray_session: None) -> Iterator[None]:
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def worker_that_notes_its_first_step(note: Path) -> Callable[[dict[str, Any]], None]:
-    def worker(config: dict[str, Any]) -> None:
+def worker_that_notes_its_first_step(note: Path) -> Callable[[Plain], None]:
+    def worker(config: Plain) -> None:
         from ris_core.training.loop import Trainer
 
         whole = Trainer._step
@@ -103,8 +105,9 @@ def finished(
         patch.undo()
         patch.chdir(place.root)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        _, info = load_model(MODEL)
-        yield Finished(place, params, info["mlflow_run"], int((folder / "first_step").read_text()))
+        run_id = tracking.find_run("ris", load_model(MODEL)[1].info.run)
+        assert run_id is not None
+        yield Finished(place, params, run_id, int((folder / "first_step").read_text()))
 
 
 def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -121,7 +124,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_plain_proces
     finished: Finished, tiny: Tiny, untrained: Path, tmp_path: Path
 ) -> None:
     assert finished.resumed_at >= 3  # the first epoch's steps were not trained again
-    plain = trainer_from(finished.params, SYSTEM, tiny.shards, untrained, LocalRuntime(tmp_path, "cpu"))
+    plain = trainer_from(finished.params.of(SYSTEM), SYSTEM, tiny.shards, untrained, LocalRuntime(tmp_path, "cpu"))
     position = plain.fit()
     assert plain.best is not None
     assert same_weights(finished.weights, plain.best)
@@ -133,11 +136,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_plain_proces
 
 
 def test_the_model_folder_tells_where_it_came_from(finished: Finished, tiny: Tiny) -> None:
-    model, info = load_model(finished.place.root / MODEL)
+    model, described = load_model(finished.place.root / MODEL)
+    info = described.info
     assert not model.training
-    assert (info["system"], info["dataset"], info["image_size"], info["word_len"]) == (SYSTEM, DATASET, 64, 12)
-    assert info["data_digest"] == fingerprint.file_digest(tiny.shards / "manifest.json")
-    assert info["clip_digest"] == fingerprint.file_digest(tiny.clip / "clip.safetensors")
+    assert (described.system, info.dataset, info.image_size, info.word_len) == (SYSTEM, DATASET, 64, 12)
+    assert info.data_digest == fingerprint.file_digest(tiny.shards / "manifest.json")
+    assert info.clip_digest == fingerprint.file_digest(tiny.clip / "clip.safetensors")
     left = {Path(file).parts[0] for file in finished.place.files()}
     assert left == {"models", "results", "runs"}
     assert not [file for file in finished.place.files() if "partial" in file or file.endswith(".tmp")]
@@ -161,7 +165,7 @@ def test_the_run_is_recorded_in_mlflow(finished: Finished) -> None:
     assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == [DATASET]
 
 
-def worker_that_may_not_train(config: dict[str, Any]) -> None:
+def worker_that_may_not_train(config: Plain) -> None:
     from ris_core.training.loop import Trainer
 
     def step(self: Trainer, batch: dict[str, torch.Tensor], global_step: int) -> torch.Tensor:
@@ -183,15 +187,15 @@ def test_the_same_inputs_do_not_train_again(finished: Finished, monkeypatch: pyt
     assert (finished.place.root / MODEL / "model.safetensors").read_bytes() == before
     epochs = [row["epoch"] for row in rows(finished.place.root / paths.training(SYSTEM, DATASET))]
     assert epochs == list(range(1, EPOCHS + 1))
-    assert load_model(finished.place.root / MODEL)[1]["mlflow_run"] == finished.run_id
+    assert tracking.find_run("ris", load_model(finished.place.root / MODEL)[1].info.run) == finished.run_id
     assert client.get_run(finished.run_id).info.status == "FINISHED"
     assert len(client.get_metric_history(finished.run_id, "val/mIoU")) == logged
 
 
-def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[dict[str, Any]], None]:
+def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[Plain], None]:
     """A training worker that is killed, as by the kernel, just before a step: the first time it comes there."""
 
-    def worker(config: dict[str, Any]) -> None:
+    def worker(config: Plain) -> None:
         from ris_core.training.loop import Trainer
 
         whole = Trainer._step
@@ -222,7 +226,7 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
     assert [path.name.startswith("train-cris-shapes-") for path in (tmp_path / "storage").iterdir()] == [True]
     assert not (workplace.root / "runs").exists()
 
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ris_core.training.run")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ris_core.train")
     inputs = ("--shards", str(paths.shards(DATASET)), "--clip", str(paths.clip("rn")), "--device", "cpu")
     done = python(*launcher, *inputs, "--out", str(tmp_path / "plain"), cwd=workplace.root)
     assert done.returncode == 0, done.stderr
@@ -267,8 +271,8 @@ class Enough(Exception):
 def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
 
-    def fit(params: Any, system: str, dataset: str, stage: str, base: Path, name: str, run_id: str) -> Any:
-        assert (stage, base) == ("train", paths.start(SYSTEM, DATASET))
+    def fit(place: ClusterParams, training: Training, name: str, run_id: str) -> NoReturn:
+        assert (training.stage, training.base) == ("train", paths.start(SYSTEM, DATASET))
         seen.append((name, run_id))
         raise Enough
 
@@ -282,6 +286,7 @@ def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monke
     first = start()
     assert start() == first
     workplace.change(cluster={"train_workers": 2}, evaluate={"bootstrap_samples": 7}, risclip={"train": {"lr": 1.0}})
+    workplace.change(train={"loader_workers": 1, "checkpoint_every_steps": 2})
     assert start() == first  # these do not change what is trained
     workplace.change(train={"lr": 3e-3})
     changed = [start()]

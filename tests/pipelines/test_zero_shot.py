@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,30 @@ import pyarrow.parquet as pq
 import pytest
 from pipelines_world import DATASET, Workplace, contents, open_workplace
 
-from pipelines import cluster, evaluate, fingerprint, initialise, paths, propose, scores, tracking, train
+from pipelines import (
+    cluster,
+    evaluate,
+    fingerprint,
+    gallery,
+    initialise,
+    parts,
+    paths,
+    propose,
+    scores,
+    tracking,
+    train,
+)
 from ris_core.data.proposal_store import ProposalStore, write_manifest, write_part
 from ris_core.errors import WeightsError
 from ris_core.evaluation import evaluator
 from ris_core.evaluation.answers import BestProposals, ProposalAnswers
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.evaluation.metrics import scores as measured
-from ris_core.models.systems import load_model, read_model_info
+from ris_core.models.answer import Reading
+from ris_core.models.contract import ProposalSystem
+from ris_core.models.registry import load_model, read_description
+from ris_core.options import Plain
+from ris_core.predictor import RISPredictor
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -44,6 +60,12 @@ class Made:
 
     def metrics(self) -> Any:
         return json.loads((self.place.root / OUT / "metrics.json").read_text())
+
+
+def in_this_process(
+    tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row], use_gpu: bool = False
+) -> list[Plain]:
+    return [json.loads(write({"task": json.dumps(task)})["done"]) for task in tasks]
 
 
 def without_proposals_of(image_id: int, folder: Path) -> None:
@@ -71,7 +93,7 @@ def made(tiny: Tiny, untrained: Path, migrated_store: Path, tmp_path_factory: py
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         with pytest.MonkeyPatch.context() as alone:
             alone.setattr(cluster, "connected", lambda **_: pytest.fail("Ray was asked for"))
-            alone.setattr(propose, "run_tasks", lambda tasks, _: [propose.write_one(task)["name"] for task in tasks])
+            alone.setattr(propose.parts, "run_tasks", in_this_process)
             propose.main(DATASET)
             initialise.main(SYSTEM, DATASET)
             train.main(SYSTEM, DATASET)
@@ -88,15 +110,16 @@ def evaluated(made: Made, ray_session: None) -> Made:
 
 
 def test_nothing_is_trained_and_the_model_loads(made: Made) -> None:
-    model, info = load_model(MODEL)
+    model, described = load_model(MODEL)
+    assert described.system == SYSTEM
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert contents(MODEL / "clip") == contents(START / "clip") == contents(made.place.tiny.clip)
     assert contents(MODEL)["model.safetensors"] == contents(START)["model.safetensors"]
-    started = read_model_info(START)["info"]
-    assert {**started, "system": SYSTEM} == {key: info[key] for key in (*started, "system")}
-    assert info.keys() - started.keys() == {"system", "config_digest", "mlflow_run"}
-    assert info["data_digest"] == fingerprint.file_digest(paths.shards(DATASET) / "manifest.json")
-    assert info["proposals"] == ProposalStore(paths.proposals(DATASET)).manifest["options"]
+    info, started = described.info, read_description(START).info
+    assert {name for name, value in asdict(info).items() if value != asdict(started)[name]} == {"config_digest", "run"}
+    assert (started.config_digest, started.run) == ("", "")
+    assert info.data_digest == fingerprint.file_digest(paths.shards(DATASET) / "manifest.json")
+    assert info.proposals == ProposalStore(paths.proposals(DATASET)).manifest["options"]
     assert not [file for file in made.place.files() if "partial" in file or file.endswith(".tmp")]
 
 
@@ -110,9 +133,13 @@ def test_what_is_left_of_the_trainings_is_empty_but_readable(made: Made) -> None
 
 def test_its_run_is_finished_and_tells_its_parameters(made: Made) -> None:
     client = tracking.connect()
-    run = client.get_run(read_model_info(MODEL)["info"]["mlflow_run"])
+    name = read_description(MODEL).info.run
+    run_id = tracking.find_run("ris", name)
+    assert run_id is not None
+    run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.info.run_name.startswith("train-global_local-shapes-")
+    assert run.info.run_name == name
+    assert name.startswith("train-global_local-shapes-")
     assert {"global_local.short_side": "64", "global_local.box_mode": "tight"}.items() <= run.data.params.items()
     assert (run.data.tags["ris.system"], run.data.tags["ris.stage"]) == (SYSTEM, "train")
     assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == [DATASET]
@@ -127,10 +154,16 @@ def test_the_stages_end_the_same_when_run_again(made: Made) -> None:
     assert len(client.search_runs([client.get_experiment_by_name("ris").experiment_id])) == 1
 
 
+def chooser() -> ProposalSystem:
+    """The model that was evaluated."""
+    model, _ = load_model(MODEL)
+    assert isinstance(model, ProposalSystem)
+    return model
+
+
 @pytest.mark.ray
 def test_actors_find_what_one_process_finds(evaluated: Made) -> None:
-    model, _ = load_model(MODEL)
-    answers = ProposalAnswers(model, paths.raw(DATASET), ProposalStore(paths.proposals(DATASET)))
+    answers = ProposalAnswers(chooser(), paths.raw(DATASET), ProposalStore(paths.proposals(DATASET)))
     store = evaluated.place.tiny.store()
     for name in NAMES:
         for split in SPLITS:
@@ -171,7 +204,7 @@ def test_choosing_among_the_annotated_objects_is_scored_beside_the_controls(eval
     controls = {*scores.SHUFFLED, scores.ORACLE}
     assert set(metrics["ours"]["val"]) >= controls
     assert not controls & {*metrics["ours"]["testA"], *metrics["global_local"]["val"]}
-    oracle = ProposalAnswers(load_model(MODEL)[0], paths.raw(DATASET))
+    oracle = ProposalAnswers(chooser(), paths.raw(DATASET))
     queries = evaluate.job_queries(store, {"job": "", "protocol": "ours", "split": "val"})
     table = evaluator.evaluate(oracle, store, queries, PROTOCOLS["ours"], split="val")
     expected = measured(table["intersection"].to_numpy(), table["union"].to_numpy())
@@ -200,9 +233,28 @@ def test_an_image_without_proposals_counts_0_or_is_left_out_as_the_protocol_says
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("resolution", ["original", 480])
+def test_the_gallery_shows_the_chosen_proposal_and_where_else_it_looked(resolution: str | int, evaluated: Made) -> None:
+    store, reading = evaluated.place.tiny.store(), Reading(resolution=resolution)
+    table = evaluated.table("ours", "val")
+    rows = [row for row in gallery.choose(table) if row["image_id"] != evaluated.image_id]
+    assert rows
+    seen = gallery.scenes(rows, store, paths.raw(DATASET))
+    reader = RISPredictor.from_folder(MODEL, reading=reading)
+    for row, scene, each in zip(rows, seen, gallery.answered(rows, seen, reader), strict=True):
+        assert each.looked is not None
+        assert each.looked.size == each.picture.size
+        if resolution == "original":
+            counts = [int(some.sum()) for some in (each.prediction.mask & scene.truth, each.prediction.mask)]
+            assert counts == [row["intersection"], row["area"]]
+        else:
+            assert each.prediction.mask.shape == (resolution, resolution) == each.picture.size
+
+
+@pytest.mark.ray
 def test_what_else_a_score_depends_on_is_recorded_beside_it(evaluated: Made) -> None:
     setting = json.loads((OUT / "setting.json").read_text())
-    assert setting["proposals"] == read_model_info(MODEL)["info"]["proposals"]
+    assert setting["proposals"] == read_description(MODEL).info.proposals
     assert (setting["noun_phrase"], setting["box_mode"], setting["short_side"]) == ("rules", "tight", 64)
     cost = json.loads((OUT / "cost.json").read_text())
     assert (cost["trained_parameters"], cost["parameters"] > 0) == (0, True)
@@ -215,7 +267,7 @@ def test_what_else_a_score_depends_on_is_recorded_beside_it(evaluated: Made) -> 
     "change", [{"options": {"sam_weights": "sam"}}, {"options": {}}, {"data_digest": "0" * 64}], ids=str
 )
 def test_a_model_and_proposals_that_do_not_go_together_are_refused(
-    change: dict[str, Any], made: Made, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+    change: Plain, made: Made, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "connected", lambda **_: pytest.fail("Ray was asked for"))
     workplace.link("raw", "shards")
@@ -237,12 +289,14 @@ def test_other_proposals_or_another_clip_are_another_run(made: Made, workplace: 
     workplace.link("raw", "shards", "clip")
     workplace.change(systems=[SYSTEM])
     seen = []
-    changes: list[dict[str, Any]] = [{}, {"train": {"lr": 1.0}}, {"proposals": {"felzenszwalb": {"sigma": 0.9}}}]
+    changes: list[Plain] = [{}, {"train": {"lr": 1.0}}, {"proposals": {"felzenszwalb": {"sigma": 0.9}}}]
     for change in [*changes, {"global_local": {"model": {"alpha": 0.5}}}]:
         workplace.change(**change)
         initialise.main(SYSTEM, DATASET)
         train.main(SYSTEM, DATASET)
-        info = read_model_info(MODEL)["info"]
-        seen.append((info["mlflow_run"], info["config_digest"]))
+        info = read_description(MODEL).info
+        seen.append((info.run, info.config_digest))
     assert seen[0] == seen[1]
     assert len({run for run, _ in seen[1:]}) == len({digest for _, digest in seen[1:]}) == 3
+    client = tracking.connect()
+    assert len(client.search_runs([client.get_experiment_by_name("ris").experiment_id])) == 3
