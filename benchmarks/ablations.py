@@ -16,17 +16,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
+
 from benchmarks.measure import Report, alone
+from benchmarks.models import OracleAnswers, OracleLTS
 from pipelines import paths
+from ris_core.config import Params, load_params
+from ris_core.data.dataset import ShardStore
+from ris_core.device import best_device
+from ris_core.evaluation.answers import Answerer, MapAnswers
+from ris_core.evaluation.cost import trained_parameters
+from ris_core.evaluation.evaluator import evaluate
+from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
+from ris_core.evaluation.queries import queries_of
+from ris_core.models.clip import build_clip, input_size, load_saved_clip, read_clip_config
+from ris_core.models.contract import MapSystem
+from ris_core.models.registry import first_stage, system_class
+from ris_core.training.params import SystemSection, TrainParams
+from ris_core.training.pretrain import pretrain_clip, read_captions
+from ris_core.training.run import make_trainer
+from ris_core.training.runtime import LocalRuntime
 
 if TYPE_CHECKING:
-    import numpy as np
     from open_clip.model import CLIP
-    from torch import Tensor, nn
-
-    from ris_core.config import Params, TrainParams
-    from ris_core.data.dataset import ShardStore
-    from ris_core.evaluation.metrics import Protocol
 
 VARIANTS = {
     "risclip": {
@@ -48,7 +61,7 @@ VARIANTS = {
         "oracle": "told the true prior",
     },
 }
-CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {  # of the system's options
     "risclip": {
         "no_ske": {"ske_blocks": 0},
         "no_cfe": {"cfe_layers": 0},
@@ -63,6 +76,12 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "clip_state": {"text": "clip"},
         "oracle": {"prior": "none", "prior_weight": 0.0},  # what is told needs no locator
     },
+}
+
+
+TRAINING: dict[str, dict[str, dict[str, Any]]] = {  # and of its training
+    "risclip": {"joint": {"backbone_lr_multiplier": 0.1}},  # the locator is the backbone, and trained already
+    "lts": {},
 }
 
 
@@ -137,53 +156,55 @@ def report_variant(report: Report, title: str, found: Found) -> None:
 
 def measure(system: str, variant: str, dataset: str, budget: Budget) -> Found:
     """Train one variant in this process and score it on the whole validation split under protocol `ours`."""
-    import torch
-
-    from benchmarks.models import OracleLTS
-    from ris_core.config import load_params
-    from ris_core.data.dataset import ShardStore
-    from ris_core.models.systems import system_class
-
-    params = load_params(paths.PARAMS)
-    store, section = ShardStore(paths.shards(dataset)), getattr(params, system)
-    config = replace(section.model, **CHANGES[system].get(variant, {}))
+    params, store = load_params(paths.PARAMS), ShardStore(paths.shards(dataset))
+    section = varied(params.of(system), system, variant)
+    assert section.train is not None
+    word_len = section.train.word_len
     torch.manual_seed(params.train.seed)
     clip = variant_clip(system, variant, params)
     torch.manual_seed(params.train.seed)
-    kind: Any = OracleLTS if variant == "oracle" else system_class(system)
-    model = kind.build(clip, config)
+    model = build(section, system, variant, clip)
     beside: list[tuple[str, float, str]] = []
     with tempfile.TemporaryDirectory() as place:
         if section.initialise is not None:
-            untrained = score(model, store, section.train.word_len)
-            locator = system_class(system).first_stage.build(clip, config)
+            untrained = score(model, store, word_len)
+            part = first_stage(system)
+            assert part is not None
+            locator = part(clip, section.model)
             model.adopt(train(locator, budget.of(section.initialise), store, Path(place) / "first"))
-            located = score(model, store, section.train.word_len)
+            located = score(model, store, word_len)
             beside += [("after the first stage: mIoU", located.scores["mIoU"], "")]
             beside += [("before any training: mIoU", untrained.scores["mIoU"], "")]
         model.load_state_dict(train(model, budget.of(section.train), store, Path(place) / "second"))
     if system == "lts":
-        beside += lts_rows(model, store, section.train.word_len)
-    return replace(score(model, store, section.train.word_len), beside=beside)
+        beside += lts_rows(model, store, word_len)
+    return replace(score(model, store, word_len), beside=beside)
 
 
-def lts_rows(model: Any, store: ShardStore, word_len: int) -> list[tuple[str, float, str]]:
+def varied(section: SystemSection, system: str, variant: str) -> SystemSection:
+    """The section of params.yaml with what a variant changes; its first stage is trained as ever."""
+    assert section.train is not None
+    model = replace(section.model, **CHANGES[system].get(variant, {}))
+    return replace(section, model=model, train=replace(section.train, **TRAINING[system].get(variant, {})))
+
+
+def build(section: SystemSection, system: str, variant: str, clip: CLIP) -> MapSystem:
+    """The untrained model of a variant's section."""
+    model = (OracleLTS if variant == "oracle" else system_class(system))(clip, section.model)
+    assert isinstance(model, MapSystem)
+    return model
+
+
+def lts_rows(model: MapSystem, store: ShardStore, word_len: int) -> list[tuple[str, float, str]]:
     """How well the prior alone answers, where there is one, and how much is trained."""
-    from benchmarks.models import OracleLTS
-
     rows = []
     if model.locates or isinstance(model, OracleLTS):
         rows += [("the prior alone: mIoU", score(model, store, word_len, "locate").scores["mIoU"], "")]
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return [*rows, ("trained parameters", count / 1e6, "million")]
+    return [*rows, ("trained parameters", trained_parameters(model) / 1e6, "million")]
 
 
-def train(model: Any, params: TrainParams, store: ShardStore, place: Path) -> dict[str, Tensor]:
+def train(model: MapSystem, params: TrainParams, store: ShardStore, place: Path) -> dict[str, torch.Tensor]:
     """One stage of training from its beginning; returns the weights that are kept of it."""
-    from benchmarks.models import OracleLTS
-    from ris_core.training.run import make_trainer
-    from ris_core.training.runtime import LocalRuntime
-
     trainer = make_trainer(model, params, store, LocalRuntime(place))
     if isinstance(model, OracleLTS):
         trainer.validate = partial(validate_oracle, store=store, params=params)
@@ -192,10 +213,8 @@ def train(model: Any, params: TrainParams, store: ShardStore, place: Path) -> di
     return trainer.best
 
 
-def validate_oracle(model: nn.Module, store: ShardStore, params: TrainParams) -> dict[str, float]:
+def validate_oracle(model: MapSystem, store: ShardStore, params: TrainParams) -> dict[str, float]:
     """What the training's own validation says of other models, for one that must be told the truth."""
-    from ris_core.evaluation.metrics import PROTOCOLS, scores
-
     images = store.images_of(params.validate_split)[: params.validate_images].tolist()
     protocol = PROTOCOLS[params.validate_protocol]
     column = columns(model, store, params.word_len, protocol, params.validate_split, images)
@@ -204,11 +223,9 @@ def validate_oracle(model: nn.Module, store: ShardStore, params: TrainParams) ->
 
 
 def score(
-    model: nn.Module, store: ShardStore, word_len: int, method: Literal["segment", "locate"] = "segment"
+    model: MapSystem, store: ShardStore, word_len: int, method: Literal["segment", "locate"] = "segment"
 ) -> Found:
     """Scores on the whole validation split, of the masks or of the coarse map."""
-    from ris_core.evaluation.metrics import PROTOCOLS, scores
-
     column = columns(model, store, word_len, PROTOCOLS["ours"], "val", method=method)
     random_object = {
         "mIoU": float(column["random_iou"].mean()),
@@ -219,7 +236,7 @@ def score(
 
 
 def columns(
-    model: nn.Module,
+    model: MapSystem,
     store: ShardStore,
     word_len: int,
     protocol: Protocol,
@@ -228,11 +245,6 @@ def columns(
     method: Literal["segment", "locate"] = "segment",
 ) -> dict[str, np.ndarray]:
     """The table of an evaluation by columns, texts left out."""
-    from benchmarks.models import OracleAnswers, OracleLTS
-    from ris_core.evaluation.answers import Answerer, MapAnswers
-    from ris_core.evaluation.evaluator import evaluate
-    from ris_core.evaluation.queries import queries_of
-
     answer: Answerer = MapAnswers(model, word_len, method)
     if isinstance(model, OracleLTS):
         answer = OracleAnswers(model, word_len, method)
@@ -242,13 +254,8 @@ def columns(
 
 def variant_clip(system: str, variant: str, params: Params) -> CLIP:
     """The CLIP of a variant: the pipeline's own, the same with random weights, or one pre-trained with learned positions."""
-    import torch
-
-    from ris_core.models.clip import build_clip, input_size, load_saved_clip, read_clip_config
-    from ris_core.training.pretrain import pretrain_clip, read_captions
-    from ris_core.training.runtime import best_device
-
-    folder = paths.clip(getattr(params, system).clip)
+    name = params.of(system).clip
+    folder = paths.clip(name)
     if variant not in ("random_clip", "learned_positions"):
         return load_saved_clip(folder)
     architecture = read_clip_config(folder)["architecture"]
@@ -257,7 +264,7 @@ def variant_clip(system: str, variant: str, params: Params) -> CLIP:
     architecture["vision_cfg"]["pos_embed_type"] = "learnable"
     clip, root = build_clip(architecture), paths.raw(params.captions)
     data = read_captions(root, root / params.captions / "captions.json", input_size(clip))
-    print(pretrain_clip(clip, data, params.clip_vit, torch.device(best_device())))
+    print(pretrain_clip(clip, data, params.clip(name), torch.device(best_device())))
     return clip.cpu()
 
 

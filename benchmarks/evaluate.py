@@ -10,9 +10,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from benchmarks import global_local
 from benchmarks.measure import Report, Timing, alone, best_of
+from benchmarks.models import case, gflop, synchronise
 from benchmarks.samples import EXPRESSIONS, HEIGHT, OBJECTS, SPLIT, WIDTH, write_store
+from ris_core.data.dataset import ShardStore
+from ris_core.data.letterbox import unletterbox
+from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
+from ris_core.evaluation.evaluator import evaluate
+from ris_core.evaluation.metrics import PROTOCOLS, bootstrap_intervals, scores
+from ris_core.evaluation.queries import queries_of
+from ris_core.models.clip import normalise
 
 IMAGES = {"small": 8, "r50": 1}
 ROUNDS = {"small": 3, "r50": 2}
@@ -57,19 +68,6 @@ class Found:
 
 def measure_model(name: str, device: str, threads: int) -> Found:
     """The same expressions with shared and with repeated encodings, one by one, and through all of `evaluate`."""
-    import numpy as np
-    import torch
-
-    from benchmarks.models import case, gflop, synchronise
-    from ris_core.data.dataset import ShardStore
-    from ris_core.data.letterbox import unletterbox
-    from ris_core.data.text import tokenize
-    from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
-    from ris_core.evaluation.evaluator import evaluate
-    from ris_core.evaluation.metrics import PROTOCOLS
-    from ris_core.evaluation.queries import queries_of
-    from ris_core.models.clip import normalise
-
     torch.set_num_threads(threads)
     chosen, protocol = case(name), PROTOCOLS["ours"]
     model = chosen.build(device).eval()
@@ -77,7 +75,7 @@ def measure_model(name: str, device: str, threads: int) -> Found:
         store = ShardStore(write_store(Path(folder), IMAGES[name], chosen.image_size, chosen.words))
         queries = queries_of(store, SPLIT, protocol)
         pixels = torch.from_numpy(np.stack([store.pixels(i) for i in range(len(store))])).permute(0, 3, 1, 2).to(device)
-        tokens = torch.from_numpy(tokenize([query.text for query in queries], chosen.train.word_len)).to(device)
+        tokens = model.tokenize([query.text for query in queries], chosen.train.word_len).to(device)
         index = torch.tensor([query.image for query in queries], device=device)
         row = store.row(0)
         truth = np.stack([store.mask(0, item["ann_id"]) for item in row["instances"]])
@@ -144,12 +142,6 @@ def report_model(report: Report, found: Found, device: str) -> None:
 
 def measure_meter(threads: int) -> dict[str, float]:
     """CPU seconds of the meter's parts that no model takes part in."""
-    import numpy as np
-    import torch
-
-    from ris_core.evaluation.answers import pairwise_overlap
-    from ris_core.evaluation.metrics import bootstrap_intervals, scores
-
     torch.set_num_threads(threads)
     random = np.random.default_rng(0)
     union = random.integers(1, 100_000, ROWS)

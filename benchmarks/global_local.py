@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from random import Random
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.measure import Report, Timing, best_of
+from benchmarks.models import gflop, synchronise
 from benchmarks.samples import SENTENCES_OF_REFS, WORDS, photos
 from pipelines.paths import PARAMS
-
-if TYPE_CHECKING:
-    import torch
-
-    from ris_core.models.clip import Architecture
-    from ris_core.models.global_local import GlobalLocal, GlobalLocalConfig
-    from ris_core.models.proposals import FelzenszwalbOptions
+from ris_core.config import load_params
+from ris_core.data.shapes.flavours import FLAVOURS, describe
+from ris_core.data.shapes.scenes import paint, sample_scene
+from ris_core.models.clip import Architecture, load_clip
+from ris_core.models.global_local import GlobalLocal, GlobalLocalConfig
+from ris_core.models.proposals import FelzenszwalbOptions, felzenszwalb
 
 CASES = {"gl_small_rn": False, "gl_small_vit": False, "gl_vit_b32": True, "gl_rn50": True}  # name -> only with --full
 SMALL_EXPRESSIONS = 11  # an image of the embedded data
@@ -53,25 +53,18 @@ class Case:
 
     def build(self, device: str) -> GlobalLocal:
         """The system with random weights, always the same."""
-        import torch
-
-        from ris_core.models.clip import load_clip
-        from ris_core.models.global_local import GlobalLocal
-
         torch.manual_seed(0)
-        return GlobalLocal.build(load_clip(self.architecture), self.config).to(device)
+        return GlobalLocal(load_clip(self.architecture), self.config).to(device)
 
 
 def case(name: str) -> Case:
     """A case of `CASES` by its name: the sizes of params.yaml, or the published ones on something like a photo."""
-    from ris_core.config import load_params
-    from ris_core.models.global_local import GlobalLocalConfig
-    from ris_core.models.proposals import FelzenszwalbOptions
-
     if name.startswith("gl_small"):
-        params: Any = load_params(PARAMS)
+        params = load_params(PARAMS)
+        config, segments = params.of("global_local").model, params.proposals.felzenszwalb
+        assert isinstance(config, GlobalLocalConfig)
         # the tiny ViT has three blocks: one of them sees the whole image, as nine of twelve do in the published one
-        config, segments = replace(params.global_local.model, masked_blocks=2), params.proposals.felzenszwalb
+        config = replace(config, masked_blocks=2)
         title, architecture = ("ResNet", "tiny_rn") if name == "gl_small_rn" else ("ViT", "tiny_vit")
         samples = list(islice(scenes(), 4))
         return Case(f"small Global-Local, {title}", architecture, config, segments, 14, samples, 5)
@@ -82,9 +75,6 @@ def case(name: str) -> Case:
 
 def scenes() -> Iterator[Sample]:
     """Pictures as those of the embedded data, of 160x128 pixels and 11 expressions."""
-    from ris_core.data.flavours import FLAVOURS, describe
-    from ris_core.data.scenes import paint, sample_scene
-
     for seed in count():
         random = np.random.default_rng(seed)
         scene = sample_scene(random, 160)
@@ -117,11 +107,6 @@ class Found:
 
 def measure(name: str, device: str, threads: int) -> Found:
     """Scores of the same expressions by each way; raises RuntimeError if they differ."""
-    import torch
-
-    from benchmarks.models import gflop, synchronise
-    from ris_core.models.proposals import felzenszwalb
-
     torch.set_num_threads(threads)
     chosen = case(name)
     model, samples = chosen.build(device), chosen.samples

@@ -6,7 +6,6 @@ python -m benchmarks.keep long
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import asdict
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from benchmarks.measure import RECORDS, machine
 from pipelines.fingerprint import git_commit
-from ris_core.config import load_params
+from pipelines.params import load_params
 from ris_core.errors import ConfigError
+from ris_core.files import write_json
 
 KEPT = (
     "results/clip/*.json",
@@ -39,7 +39,7 @@ def keep(name: str, root: Path = Path()) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     about = {"commit": git_commit(), "machine": machine(), "params": asdict(load_params(root / "params.yaml"))}
-    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(folder / "about.json", about)
     return folder
 
 

@@ -5,7 +5,6 @@ Nothing here imports torch, so that a benchmark's driver stays as light as the p
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -126,13 +125,11 @@ class Report:
     def write(self, folder: Path = RECORDS) -> Path:
         """Keep the report as `<date>-<benchmark>.json`, with the commit; a later one of the same day replaces it."""
         from pipelines.fingerprint import git_commit
+        from ris_core.files import write_json
 
         date = time.strftime("%Y-%m-%d")
         path = folder / f"{date}-{self.benchmark}.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"date": date, "commit": git_commit(), **asdict(self)}, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, {"date": date, "commit": git_commit(), **asdict(self)})
         return path
 
     def finish(self, record: bool) -> None:

@@ -6,34 +6,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Timing, best_of
+from benchmarks.measure import best_of
 from pipelines.paths import PARAMS
-from ris_core.config import LossParams, TrainParams, load_params
+from ris_core.config import load_params
+from ris_core.data.dataset import ShardStore
 from ris_core.data.letterbox import letterbox_mask
 from ris_core.evaluation.answers import Answers, MapAnswers
-from ris_core.models.clip import load_clip
+from ris_core.evaluation.metrics import Protocol
+from ris_core.evaluation.queries import Query
+from ris_core.models import registry
+from ris_core.models.clip import Architecture, load_clip
+from ris_core.models.contract import MapSystem, SystemConfig
 from ris_core.models.cris import CRISConfig
+from ris_core.models.losses import LossParams, segmentation_loss
 from ris_core.models.lts import LTS
-from ris_core.models.lts_layers import ImageFeatures
+from ris_core.models.lts.layers import ImageFeatures
 from ris_core.models.risclip import RISCLIPConfig
-from ris_core.models.systems import keeps_clip, system_class
-from ris_core.training.losses import segmentation_loss
+from ris_core.training.params import TrainParams
 
-if TYPE_CHECKING:
-    from ris_core.data.dataset import ShardStore
-    from ris_core.evaluation.metrics import Protocol
-    from ris_core.evaluation.queries import Query
-    from ris_core.models.clip import Architecture
-
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}  # large enough for the full rate, small enough for a blink
+MATMUL_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -43,32 +42,27 @@ class Case:
     title: str
     system: str
     architecture: Architecture
-    config: Any
+    config: SystemConfig
     image_size: int
     train: TrainParams
     words: int
     first_stage: bool = False
 
-    def build(self, device: str) -> Any:
+    def build(self, device: str) -> MapSystem:
         """The model with random weights, always the same; with `first_stage` the part that is trained before the rest."""
         torch.manual_seed(0)
-        system = system_class(self.system)
-        clip = load_clip(self.architecture, image_size=self.image_size if keeps_clip(self.system) else None)
-        return (system.first_stage if self.first_stage else system).build(clip, self.config).to(device)
+        kind = registry.first_stage(self.system) if self.first_stage else registry.system_class(self.system)
+        assert kind is not None
+        clip = load_clip(self.architecture, image_size=self.image_size if kind.keeps_clip else None)
+        model = kind(clip, self.config).to(device)
+        assert isinstance(model, MapSystem)
+        return model
 
 
 def case(name: str) -> Case:
     """A case of `CASES` by its name."""
     if name.startswith("small"):
-        params = load_params(PARAMS)
-        size = params.preprocess.image_size
-        if name == "small":
-            section, clip = params.cris, params.clip_rn
-            return Case("small CRIS", "cris", clip.architecture, section.model, size, section.train, words=8)
-        risclip, clip = params.risclip, params.clip_vit
-        assert risclip.initialise is not None
-        title, first = "small RISCLIP, stage 1", True
-        return Case(title, "risclip", clip.architecture, risclip.model, size, risclip.initialise, 8, first)
+        return _small_case("cris" if name == "small" else "risclip")
     adam = TrainParams(batch_images=2, expressions_per_image=1, word_len=17, optimizer="adam", weight_decay=0.0)
     if name == "r50":
         return Case("CRIS-R50 at 416", "cris", "RN50-quickgelu", CRISConfig(), 416, adam, words=20)
@@ -81,6 +75,17 @@ def case(name: str) -> Case:
     return Case(title, "risclip", "ViT-B-16-quickgelu", RISCLIPConfig(), 640, train, 20, first)
 
 
+def _small_case(system: str) -> Case:
+    """The sizes of params.yaml; of a system with two stages the first."""
+    params = load_params(PARAMS)
+    section, first = params.of(system), registry.first_stage(system) is not None
+    train = section.initialise if first else section.train
+    assert train is not None
+    title = "small RISCLIP, stage 1" if first else "small CRIS"
+    architecture, size = params.clip(section.clip).architecture, params.preprocess.image_size
+    return Case(title, system, architecture, section.model, size, train, words=8, first_stage=first)
+
+
 CASES = ("small", "small_risclip", "r50", "risclip_b", "risclip_b_shared", "risclip_b_stage2")
 
 
@@ -89,17 +94,12 @@ def synchronise(device: str) -> Callable[[], object]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def seconds(timing: Timing, device: str) -> float:
-    """CPU seconds on CPUs, which other programs disturb little; wall seconds on a GPU."""
-    return timing.wall if device == "cuda" else timing.cpu
-
-
-def matmul_rate(device: str) -> float:
-    """GFLOP per second of a large matrix product: CPU seconds, float32, or on a GPU wall seconds, bfloat16."""
-    size, dtype = MATMUL_SIZE[device], torch.bfloat16 if device == "cuda" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timing = best_of({"matmul": lambda: a @ b}, 6, synchronise(device))["matmul"]
-    return 2 * size**3 / seconds(timing, device) / 1e9
+def matmul_rate(device: str, dtype: torch.dtype, clock: Literal["cpu", "wall"]) -> float:
+    """GFLOP per second of a large matrix product, by one of the clocks of a `Timing`."""
+    side = MATMUL_SIDE[device]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    timing = best_of({"matmul": lambda: a @ b}, MATMUL_ROUNDS, synchronise(device))["matmul"]
+    return 2 * side**3 / (timing.cpu if clock == "cpu" else timing.wall) / 1e9
 
 
 def gflop(function: Callable[[], object]) -> float:
@@ -122,8 +122,31 @@ class OracleLTS(LTS):
     """LTS as if it always located rightly: the prior is the true mask at the prior's size, in training and in evaluation.
 
     To be built with `prior` none: there is no locator to train. How much better it is than LTS is what is lost by
-    locating. In evaluation it is asked through `OracleAnswers`.
+    locating. In evaluation it must be told `priors` (N, 1, h, w), one for each of the N expressions that it is asked about:
+    `OracleAnswers` does that.
     """
+
+    priors: torch.Tensor | None = None
+
+    def locate(
+        self, features: ImageFeatures, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of the priors, finite."""
+        assert self.priors is not None
+        return self.priors.to(tokens.device).logit(eps=1e-4)
+
+    def segment(
+        self,
+        features: ImageFeatures,
+        tokens: torch.Tensor,
+        image_index: torch.Tensor | None = None,
+        prior: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As LTS, with what it was told where it is not given a prior."""
+        if prior is None:
+            assert self.priors is not None
+            prior = self.priors.to(tokens.device)
+        return super().segment(features, tokens, image_index, prior)
 
     def forward(self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None) -> Any:
         """What `segment` asks for: the truth is known to `loss` only, so that the rest of the pass is left to it."""
@@ -138,25 +161,6 @@ class OracleLTS(LTS):
         return segmentation_loss(mask, target, params)
 
 
-class Told(nn.Module):
-    """An LTS and a prior (N, 1, h, w) for each of the N expressions it will be asked."""
-
-    def __init__(self, model: LTS, priors: torch.Tensor) -> None:
-        super().__init__()
-        self.model, self.priors, self.stride = model, priors, model.stride
-
-    def encode_image(self, images: torch.Tensor) -> ImageFeatures:
-        return self.model.encode_image(images)
-
-    def locate(self, features: ImageFeatures, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-        """Logits of the priors, finite."""
-        return self.priors.to(tokens.device).logit(eps=1e-4)
-
-    def segment(self, features: ImageFeatures, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-        """As LTS, with these priors."""
-        return self.model.segment(features, tokens, image_index, self.priors.to(tokens.device))
-
-
 @dataclass(frozen=True)
 class OracleAnswers:
     """An oracle's answers: of each expression it is told where the true mask is. Fields as of `MapAnswers`."""
@@ -166,8 +170,8 @@ class OracleAnswers:
     method: Literal["segment", "locate"] = "segment"
 
     def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
-        told = Told(self.model, true_priors(self.model, store, queries))
-        return MapAnswers(told, self.word_len, self.method)(store, queries, protocol)
+        self.model.priors = true_priors(self.model, store, queries)
+        return MapAnswers(self.model, self.word_len, self.method)(store, queries, protocol)
 
 
 def true_priors(model: LTS, store: ShardStore, queries: Sequence[Query]) -> torch.Tensor:

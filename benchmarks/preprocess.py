@@ -18,17 +18,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
+import torch
 from PIL import Image
 
 from benchmarks.measure import Report, alone, best_of, peak_memory
 from benchmarks.samples import HEIGHT, WIDTH, write_images
-from pipelines import cluster
-from pipelines.preprocess import run_tasks, shard_tasks, write_one
+from pipelines import cluster, parts
+from pipelines.preprocess import shard_tasks, write_one
+from ris_core.data.images import load_image
+from ris_core.data.letterbox import letterbox_image
 from ris_core.data.records import read_records, write_records
-from ris_core.data.shards import ShardOptions
+from ris_core.data.shards import ShardOptions, write_shard
+from ris_core.options import Plain
 
 RECORDS = "records.parquet"
 SHARD_IMAGES = 32
@@ -36,8 +39,6 @@ WARM_RUNS = 2
 PASSES = 4  # over the photos in each parallel run, so that it takes seconds
 ROUNDS = 4
 TARGET = 0.6
-
-Task = dict[str, str]
 
 
 def main() -> None:
@@ -71,17 +72,9 @@ def prepare(folder: Path, images: int) -> float:
 
 def one_process(folder: Path, images: int, size: int) -> dict[str, float]:
     """CPU seconds for all images of the floor, of `write_shard` and of its parts, one thread; peak memory in MiB."""
-    import torch
-
-    from ris_core.data.letterbox import letterbox_image
-    from ris_core.data.shards import load_image, write_shard
-    from ris_core.data.text import encode
-
     torch.set_num_threads(1)
     records = read_records(folder / RECORDS)
     files = [folder / record.file_name for record in records]
-    texts = [sentence.sent for record in records for ref in record.refs for sentence in ref.sentences]
-    encode(texts[0])
     scale = min(size / WIDTH, size / HEIGHT)
     resized = (round(WIDTH * scale), round(HEIGHT * scale))
     number, pixels = itertools.count(), os.urandom(3 * size * size)
@@ -104,7 +97,6 @@ def one_process(folder: Path, images: int, size: int) -> dict[str, float]:
         "write_shard": write,
         "decode": lambda: [load_image(file).size for file in files],
         "decode_and_letterbox": lambda: [letterbox_image(load_image(file), size).size for file in files],
-        "tokens": lambda: [len(encode(text)) for text in texts],
         "file": write_bytes,
     }
     imported = peak_memory()
@@ -118,14 +110,13 @@ def report_one_process(report: Report, found: dict[str, float], images: int) -> 
     report.add("floor: decode + PIL bicubic resize", rates["floor"], "images/s/core")
     ratio = rates["write_shard"] / rates["floor"]
     report.add("write_shard", rates["write_shard"], "images/s/core", ratio, f"the floor (target {TARGET})")
-    parts = {
+    spent = {
         "decode": found["decode"],
         "letterbox": found["decode_and_letterbox"] - found["decode"],
-        "tokens": found["tokens"],
         "file (as many bytes alone)": found["file"],
     }
-    parts["Arrow, checksum"] = found["write_shard"] - sum(parts.values())
-    for name, seconds in parts.items():
+    spent["Arrow, checksum"] = found["write_shard"] - sum(spent.values())
+    for name, seconds in spent.items():
         share = seconds / found["write_shard"]
         report.add(f"  {name}", 1000 * seconds / images, "ms CPU/image", share, "write_shard")
     report.add(
@@ -148,37 +139,40 @@ class Run:
     checksums: list[str]
 
 
-def new_tasks(folder: Path, images: int, size: int) -> list[Task]:
+def new_tasks(folder: Path, images: int, size: int) -> list[Plain]:
     """The tasks of one run; what an earlier run wrote is removed, so that no shard is there already."""
     out = folder / "parallel"
     shutil.rmtree(out, ignore_errors=True)
-    found: list[Task] = []
+    found: list[Plain] = []
     for number in range(PASSES):
         (out / str(number)).mkdir(parents=True)
         found += shard_tasks(folder / RECORDS, images, folder, out / str(number), ShardOptions(size), SHARD_IMAGES)
     return found
 
 
-def with_pool(tasks: Callable[[], list[Task]], workers: int) -> Run:
+def with_pool(tasks: Callable[[], list[Plain]], workers: int) -> Run:
     """`write_one` in a process pool of the standard library, its processes as fresh as Ray's."""
     start = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=use_one_thread) as pool:
         started = time.perf_counter() - start
-        return several_runs(tasks, lambda todo: [json.loads(row["entry"]) for row in pool.map(observed, todo)], started)
+
+        def run(todo: list[Plain]) -> list[Plain]:
+            rows = [{"task": json.dumps(task)} for task in todo]
+            return [json.loads(row["done"]) for row in pool.map(observed, rows)]
+
+        return several_runs(tasks, run, started)
 
 
-def with_ray(tasks: Callable[[], list[Task]], workers: int) -> Run:
+def with_ray(tasks: Callable[[], list[Plain]], workers: int) -> Run:
     """`write_one` by the stage's own machinery, on a private Ray of as many CPUs as there are workers."""
     start = time.perf_counter()
     with cluster.connected(num_cpus=workers):
         started = time.perf_counter() - start
-        return several_runs(tasks, lambda todo: run_tasks(todo, observed), started)
+        return several_runs(tasks, lambda todo: parts.run_tasks(todo, observed), started)
 
 
-def several_runs(
-    tasks: Callable[[], list[Task]], run: Callable[[list[Task]], list[dict[str, Any]]], started: float
-) -> Run:
+def several_runs(tasks: Callable[[], list[Plain]], run: Callable[[list[Plain]], list[Plain]], started: float) -> Run:
     """The same work once from nothing, with all imports, and then with workers that have done it before: the best run."""
     cold, _ = timed(run, tasks())
     warm, entries = min((timed(run, tasks()) for _ in range(WARM_RUNS)), key=lambda found: found[0])
@@ -199,25 +193,23 @@ def several_runs(
     )
 
 
-def timed(run: Callable[[list[Task]], list[dict[str, Any]]], tasks: list[Task]) -> tuple[float, list[dict[str, Any]]]:
+def timed(run: Callable[[list[Plain]], list[Plain]], tasks: list[Plain]) -> tuple[float, list[Plain]]:
     """Wall seconds of a run, and the entries it returned."""
     start = time.perf_counter()
     entries = run(tasks)
     return time.perf_counter() - start, entries
 
 
-def observed(row: Task) -> dict[str, str]:
+def observed(row: parts.Row) -> parts.Row:
     """`write_one`, its manifest entry carrying the process, CPU seconds and peak memory of the worker too."""
     before = time.process_time()
-    entry = json.loads(write_one(row)["entry"])
+    entry = json.loads(write_one(row)["done"])
     entry["process"] = {"pid": os.getpid(), "cpu": time.process_time() - before, "peak": peak_memory()}
-    return {"entry": json.dumps(entry)}
+    return {"done": json.dumps(entry)}
 
 
 def use_one_thread() -> None:
     """Torch on one thread, as Ray's workers of one CPU have it."""
-    import torch
-
     torch.set_num_threads(1)
 
 

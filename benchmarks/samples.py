@@ -15,6 +15,7 @@ from PIL import Image
 
 from ris_core.data import masks
 from ris_core.data.records import ImageRecord, Instance, Reference, Sentence
+from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 
 WIDTH, HEIGHT = 640, 480
 OBJECTS = 6
@@ -45,8 +46,6 @@ def write_images(folder: Path, images: int, words: int = 5, seed: int = 0) -> li
 
 def write_store(folder: Path, images: int, size: int, words: int = 5) -> Path:
     """A finished store of one shard, letterboxed to `size`, below `folder`; returns its place for `ShardStore`."""
-    from ris_core.data.shards import ShardOptions, write_manifest, write_shard
-
     photos, shards = folder / "photos", folder / f"shards-{size}"
     photos.mkdir(exist_ok=True)
     shards.mkdir()

@@ -9,17 +9,24 @@ import argparse
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import Report, Timing, alone, best_of, peak_memory
+import torch
 
-ROUNDS = {"small": 3, "small_risclip": 3, "r50": 2, "risclip_b": 2, "risclip_b_shared": 2, "risclip_b_stage2": 2}
+from benchmarks.measure import Report, Timing, alone, best_of, peak_memory
+from benchmarks.models import CASES, case, gflop, matmul_rate, synchronise
+from benchmarks.samples import SPLIT, write_store
+from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
+from ris_core.models.clip import normalise
+from ris_core.training.loop import Trainer
+from ris_core.training.runtime import LocalRuntime
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(ROUNDS), default=list(ROUNDS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=CASES, help="default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: bf16 autocast")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
@@ -49,23 +56,17 @@ class Found:
 
 def measure(name: str, device: str, threads: int) -> Found:
     """Time one model; the step is the training loop's own, on a batch from shards."""
-    import torch
-
-    from benchmarks.models import case, gflop, matmul_rate, synchronise
-    from benchmarks.samples import SPLIT, write_store
-    from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
-    from ris_core.models.clip import normalise
-    from ris_core.training.loop import Trainer
-    from ris_core.training.runtime import LocalRuntime
-
     torch.set_num_threads(threads)
-    matmul = matmul_rate(device)
+    matmul = (
+        matmul_rate(device, torch.bfloat16, "wall") if device == "cuda" else matmul_rate(device, torch.float32, "cpu")
+    )
     chosen = case(name)
     plan = BatchPlan(chosen.train.batch_images, chosen.train.expressions_per_image, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         store = ShardStore(write_store(Path(folder), plan.batch_images, chosen.image_size, chosen.words))
         model = chosen.build(device)
-        batches = TrainingBatches(store, SPLIT, plan, chosen.train.word_len, model.stride)
+        tokenize = partial(model.tokenize, length=chosen.train.word_len)
+        batches = TrainingBatches(store, SPLIT, plan, tokenize, model.stride)
         trainer = Trainer(model, batches, lambda model: {}, chosen.train, LocalRuntime(Path(folder), device))
         batch = batches[0]
     on_device = {key: value.to(device) for key, value in batch.items()}
@@ -84,7 +85,8 @@ def measure(name: str, device: str, threads: int) -> Found:
         losses.append(trainer._step(batch, 0))
 
     forward_gflop, step_gflop = gflop(forward), gflop(step)
-    timings = best_of({"forward": forward, "step": step}, ROUNDS[name], synchronise(device))
+    rounds = 3 if name.startswith("small") else 2
+    timings = best_of({"forward": forward, "step": step}, rounds, synchronise(device))
     if not all(loss.isfinite() for loss in losses):
         raise RuntimeError(f"losses of {name} are {losses}: their timing would mean nothing")
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_memory()
