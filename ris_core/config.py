@@ -30,7 +30,6 @@ from ris_core.training.params import SystemSection, TrainParams
 from ris_core.training.pretrain import ClipParams
 
 CLIPS = ("rn", "vit")  # each has a section `clip_<name>` and a folder data/clip/<name>
-LISTS = ("preset", "synthetic_datasets", "datasets", "systems", "clips", "captions")  # which stages there are
 ORCHESTRATION = ("register", "cluster")  # sections that `pipelines.params` adds, and checks
 
 
@@ -94,10 +93,6 @@ def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
     for name, preset in presets.items():
         layers[f"presets.{name}."] = (_known(preset, schema), raw)
     for prefix, (given, below) in layers.items():
-        if prefix:
-            problems += [
-                f"{prefix}{name}: dvc.yaml reads it above the presets; set it there" for name in LISTS if name in given
-            ]
         problems += misfits(schema, given, prefix)
         problems += _contradictions(schema, below, given, prefix, problems)
         problems += _impossible_trainings(given, prefix)
