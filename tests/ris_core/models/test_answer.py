@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -84,8 +84,8 @@ def test_a_mask_survives_the_way_into_the_square_and_back() -> None:
         assert (found & (truth > 0)).sum() / (found | (truth > 0)).sum() > 0.85
 
 
-@pytest.mark.parametrize("side", [30, "30", 96])
-def test_at_a_side_probabilities_are_resized_before_they_meet_the_threshold(side: int | str) -> None:
+@pytest.mark.parametrize("side", [30, 96])
+def test_at_a_side_probabilities_are_resized_before_they_meet_the_threshold(side: int) -> None:
     logits = maps(2)
     own = read_map(logits, FRAME, Reading(0.4)).probabilities
     found = read_map(logits, FRAME, Reading(0.4, side))
@@ -265,3 +265,9 @@ def test_without_expressions_there_are_no_answers() -> None:
         choice = choose(masks, torch.zeros(0, len(masks)))
         assert choice.masks.shape == choice.relevance.shape == (0, 4, 5)
         assert choice.shares.shape == (0,)
+
+
+@pytest.mark.parametrize("resolution", ["30", "big", 0, -1, 1.5])
+def test_a_resolution_is_the_original_or_a_number_of_pixels(resolution: Any) -> None:
+    with pytest.raises(ConfigError, match="use 'original', or the pixels of a side"):
+        Reading(resolution=resolution)
