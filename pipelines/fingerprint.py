@@ -10,6 +10,10 @@ from pipelines import inputs
 from ris_core.options import digest
 
 
+# What a run writes itself, and DVC removes before; whatever made a result is elsewhere.
+MADE = ("--", ":/", ":(top,exclude)results", ":(top,exclude)dvc.lock")
+
+
 def file_digest(path: Path) -> str:
     """Give the SHA-256 of a file, hex."""
     with path.open("rb") as file:
@@ -31,7 +35,9 @@ def git_commit() -> str:
     """Give the checked-out commit, `-dirty` appended if tracked files differ from it; 'unknown' outside a repository."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno", *MADE], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changed.stdout.strip() else commit

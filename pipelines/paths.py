@@ -8,6 +8,7 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 WATCHED = Path("results/params")
 REPORT = Path("results/report")
+TRACKING = Path("mlflow")  # the embedded store
 WAITING = Path("results/waiting.json")  # by `python -m benchmarks.waiting --record` alone: no two machines agree on it
 
 
@@ -84,7 +85,11 @@ def comparison(dataset: str) -> Path:
 
 
 def registration(system: str, dataset: str) -> Path:
-    return Path("results/register") / f"{system}-{dataset}.json"
+    """Tell where it stands that a version is in the tracking store: beside the embedded one, with which it comes and goes.
+
+    Not among the results in git, as a fresh clone has them and no version.
+    """
+    return TRACKING / "registered" / f"{system}-{dataset}.json"
 
 
 def storage() -> str:

@@ -26,10 +26,11 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines import paths
 from pipelines.fingerprint import git_commit
 from ris_core.errors import ClusterError
 
-FOLDER = Path("mlflow")
+FOLDER = paths.TRACKING
 MAX_PARAM = 6000
 SQLITE = "sqlite:///"
 ANSWER_SECONDS = 5

@@ -130,7 +130,7 @@ def test_a_fifth_system_with_its_own_tokenizer(workplace: Workplace, store: Path
     assert (watched["model"], watched["train"]["epochs"]) == ({"width": 6, "vocabulary": 100}, 1)
     scores = json.loads((root / "results/evaluate/words-shapes/metrics.json").read_text())
     assert 0 <= scores["ours"]["val"]["mIoU"] <= 1
-    registered = json.loads((root / "results/register/words-shapes.json").read_text())
+    registered = json.loads((root / "mlflow/registered/words-shapes.json").read_text())
     assert registered["model"] == "ris-words-shapes"
     assert registered["decision"] == "champion"
     assert "models:/ris-words-shapes/1" in done.stdout

@@ -117,7 +117,7 @@ def test_a_version_carries_its_lineage(
     assert run.data.metrics["test/val/Pr_0.5"] == 0.4
     assert run.data.metrics["test/testA/mIoU"] == 0.41
     assert [item.path for item in client.list_artifacts(version.run_id, "gallery")] == ["gallery/00-hit-size.jpg"]
-    written = json.loads((workplace.root / "results/register/cris-shapes.json").read_text())
+    written = json.loads((workplace.root / "mlflow/registered/cris-shapes.json").read_text())
     expected = {"model": NAME, "protocol": "ours", "score": 0.41, "version": "1", "decision": "champion"}
     assert written == expected
 
@@ -137,7 +137,7 @@ def test_the_same_weights_are_registered_once_and_in_the_run_that_trained_them(
     (version,) = client.search_model_versions(f"name = '{NAME}'")
     assert version.run_id == run_id
     assert client.get_run(run_id).info.status == "FINISHED"
-    decision = json.loads((workplace.root / "results/register/cris-shapes.json").read_text())["decision"]
+    decision = json.loads((workplace.root / "mlflow/registered/cris-shapes.json").read_text())["decision"]
     assert decision == "already champion"
 
 
@@ -149,7 +149,7 @@ def test_what_evaluate_did_not_leave_is_told(workplace: Workplace, store: Path) 
     workplace.change(register={"split": "testB"})
     with pytest.raises(ConfigError, match=r"register.split is 'testB', but only val, testA were evaluated"):
         register.main("cris", "shapes")
-    assert not (workplace.root / "results/register").exists()
+    assert not (workplace.root / "mlflow/registered").exists()
 
 
 CLEAN = """
@@ -313,7 +313,7 @@ def test_other_code_is_another_version_and_is_shipped(
         (1, False),
         (2, True),
     ]
-    decision = json.loads((workplace.root / "results/register/cris-shapes.json").read_text())["decision"]
+    decision = json.loads((workplace.root / "mlflow/registered/cris-shapes.json").read_text())["decision"]
     assert decision == "champion", "what was mended must not stay out of service"
     assert tracking.connect().get_model_version_by_alias(NAME, "champion").version == 2
     evaluated(workplace, mIoU=0.40)
@@ -333,7 +333,7 @@ def test_what_differs_without_other_weights_is_another_version(digest: str, work
     seen = []
     for _ in range(2):
         register.main("global_local", "shapes")
-        seen.append(json.loads(Path("results/register/global_local-shapes.json").read_text())["version"])
+        seen.append(json.loads(Path("mlflow/registered/global_local-shapes.json").read_text())["version"])
         content = json.loads((folder / "model.json").read_text())
         content["info"][digest] = "0" * 64
         (folder / "model.json").write_text(json.dumps(content))

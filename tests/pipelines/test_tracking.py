@@ -182,6 +182,16 @@ def test_lineage_names_the_commit_and_whether_files_differ(tmp_path: Path, monke
     git("add", "a.py")
     git("commit", "--quiet", "--message", "one")
     assert fingerprint.git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "results").mkdir()
+    for made in ("results/metrics.json", "dvc.lock"):
+        (tmp_path / made).write_text("1")
+        git("add", made)
+    git("commit", "--quiet", "--message", "two")
+    (tmp_path / "results/metrics.json").unlink()  # as DVC does before a stage that runs beside
+    (tmp_path / "dvc.lock").write_text("2")
+    monkeypatch.chdir(tmp_path / "results")
+    assert fingerprint.git_commit() == git("rev-parse", "HEAD")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.py").write_text("2")
     assert fingerprint.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
