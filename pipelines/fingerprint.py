@@ -9,7 +9,6 @@ from pathlib import Path
 from pipelines import inputs
 from ris_core.options import digest
 
-
 # What a run writes itself, and DVC removes before; whatever made a result is elsewhere.
 MADE = ("--", ":/", ":(top,exclude)results", ":(top,exclude)dvc.lock")
 
