@@ -33,6 +33,8 @@ from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import build_clip, input_size, load_saved_clip, read_clip_config
 from ris_core.models.contract import MapSystem
 from ris_core.models.registry import first_stage, system_class
+from ris_core.storage import Storage
+from ris_core.training.checkpoint import Checkpoints
 from ris_core.training.params import SystemSection, TrainParams
 from ris_core.training.pretrain import pretrain_clip, read_captions
 from ris_core.training.run import make_trainer
@@ -205,12 +207,11 @@ def lts_rows(model: MapSystem, store: ShardStore, word_len: int) -> list[tuple[s
 
 def train(model: MapSystem, params: TrainParams, store: ShardStore, place: Path) -> dict[str, torch.Tensor]:
     """One stage of training from its beginning; returns the weights that are kept of it."""
-    trainer = make_trainer(model, params, store, LocalRuntime(place))
+    trainer = make_trainer(model, params, store, LocalRuntime(Checkpoints(Storage(place))))
     if isinstance(model, OracleLTS):
         trainer.validate = partial(validate_oracle, store=store, params=params)
     trainer.fit()
-    assert trainer.best is not None
-    return trainer.best
+    return trainer.best_weights()
 
 
 def validate_oracle(model: MapSystem, store: ShardStore, params: TrainParams) -> dict[str, float]:

@@ -19,6 +19,8 @@ from benchmarks.models import CASES, case, gflop, matmul_rate, synchronise
 from benchmarks.samples import SPLIT, write_store
 from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
 from ris_core.models.clip import normalise
+from ris_core.storage import Storage
+from ris_core.training.checkpoint import Checkpoints
 from ris_core.training.loop import Trainer
 from ris_core.training.runtime import LocalRuntime
 
@@ -67,7 +69,7 @@ def measure(name: str, device: str, threads: int) -> Found:
         model = chosen.build(device)
         tokenize = partial(model.tokenize, length=chosen.train.word_len)
         batches = TrainingBatches(store, SPLIT, plan, tokenize, model.stride)
-        trainer = Trainer(model, batches, lambda model: {}, chosen.train, LocalRuntime(Path(folder), device))
+        trainer = Trainer(model, batches, lambda model: {}, chosen.train, LocalRuntime(Checkpoints(Storage(folder)), device))
         batch = batches[0]
     on_device = {key: value.to(device) for key, value in batch.items()}
 

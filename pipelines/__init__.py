@@ -9,9 +9,9 @@ import os
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # A cluster that is large enough (cluster.check_resources) and busy is waited for, each time this long.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # A busy cluster is waited for again and again, each time this long (ray_training.fit).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.dashboard.utils import get_address_for_submission_client
 
+import ris_core
 from pipelines import ENVIRONMENT
 from ris_core.device import best_device
 from ris_core.errors import ClusterError
 
 WATCHDOG = "RAY_API_SERVER_ADDRESS"
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in a job of Ray's: its runtime environment
 AT_ONCE = "RIS_AT_ONCE"  # how many stages share the cluster, where `pipelines.repro` runs several
+# What workers get of the environment of whoever drives them, beside `ENVIRONMENT`: where things are, and how to reach them.
+HANDED_ON = ("AWS_", "GLOO_", "HF_", "MLFLOW_", "NCCL_", "RIS_", "S3_", "TORCH_")
+CODE = Path(ris_core.__file__).parent.parent
 
 
 @contextmanager
@@ -28,7 +36,7 @@ def connected(**init: Any) -> Iterator[None]:
     """Keep Ray up in the block: the cluster at `RAY_ADDRESS` if that is set, otherwise a private one on this machine.
 
     A private cluster never joins one that somebody left running, and needs no token: it listens on this machine only.
-    `init` overrides arguments of `ray.init` for the private one.
+    `init` overrides arguments of `ray.init` for the private one. Raises ClusterError if there is no Ray to be had.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -38,21 +46,32 @@ def connected(**init: Any) -> Iterator[None]:
     if ray.is_initialized():  # a caller (the tests, a notebook) owns the connection
         yield
         return
-    handed_on = {name: os.environ[name] for name in (*ENVIRONMENT, WATCHDOG) if name in os.environ}
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": handed_on}, "logging_level": "warning"}
+    settings: dict[str, Any] = {"logging_level": "warning"}
     if address:
         _join(address, settings)
     else:
         # Ray Train's watchdog asks this address whether the run's controller lives. Left to find one, it may ask another
         # Ray of this machine, which knows nothing of the controller, and then ends the training.
         port = _free_port()
-        handed_on[WATCHDOG] = f"http://127.0.0.1:{port}"
+        environment = {**handed_on(os.environ), WATCHDOG: f"http://127.0.0.1:{port}"}
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
-        ray.init(address="local", **dashboard, **settings, **init)
+        try:
+            ray.init(address="local", runtime_env={"env_vars": environment}, **dashboard, **settings, **init)
+        except Exception as error:  # of many kinds, with what its processes said
+            ray.shutdown()
+            raise ClusterError(
+                f"no Ray could be started on this machine ({_first_line(error)}): see that it has memory, a writable /tmp "
+                "and is not busy beyond measure, then start again; or join a running one with RAY_ADDRESS"
+            ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def handed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Pick the variables that a worker must have as its driver has them."""
+    return {name: value for name, value in environment.items() if name in ENVIRONMENT or name.startswith(HANDED_ON)}
 
 
 @contextmanager
@@ -64,22 +83,43 @@ def shared() -> Iterator[dict[str, str]]:
     with connected():
         context = ray.get_runtime_context()
         address = os.environ.get("RAY_ADDRESS") or context.gcs_address
-        yield {"RAY_ADDRESS": address, **context.runtime_env["env_vars"]}
+        yield {"RAY_ADDRESS": address, **context.runtime_env.get("env_vars", {})}
 
 
 def _join(address: str, settings: dict[str, Any]) -> None:
-    """Connect to a running cluster: `host:port`, `ray://host:port`, or `auto`. Raises ClusterError if there is none."""
+    """Connect to a running cluster: `host:port`, `ray://host:port`, or `auto`. Raises ClusterError if there is none.
+
+    Workers get this process' code and what they need of its environment, unless the job of Ray's that it runs in brings
+    them already: what a job names, nobody may name again.
+    """
+    if address.startswith("http"):
+        raise ClusterError(
+            f"RAY_ADDRESS={address} takes jobs: `ris submit -- COMMAND` hands it one. To drive the cluster from here give the "
+            "address that its head was started with, host:6379"
+        )
     print(f"joining the Ray cluster at {address}", file=sys.stderr)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host:  # Ray itself would try for many minutes
             socket.create_connection((host, int(port)), timeout=5).close()
-        ray.init(address=address, **settings)
+        job = json.loads(os.environ.get(JOB, "{}")).get("runtime_env", {})
+        environment = {**handed_on(os.environ), WATCHDOG: get_address_for_submission_client(address)}
+        brought = job.get("env_vars", {})
+        runtime: dict[str, Any] = {
+            "env_vars": {name: value for name, value in environment.items() if name not in brought}
+        }
+        if "working_dir" not in job and "py_modules" not in job:
+            runtime["py_modules"] = [str(CODE / package) for package in ("ris_core", "pipelines")]
+        ray.init(address=address, runtime_env=runtime, **settings)
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}). Start it, or unset "
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({_first_line(error)}). Start it, or unset "
             "RAY_ADDRESS to use a private one on this machine"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def at_once() -> int:
@@ -102,12 +142,12 @@ def cpus_each(workers: int, gpus: int) -> int:
     """
     wanted = workers * at_once()
     most = max((int(cpus) for cpus, _ in _nodes()), default=1)
-    return next((cpus for cpus in range(most, 1, -1) if _room(cpus, gpus) >= wanted), 1)
+    return next((cpus for cpus in range(most, 1, -1) if room(cpus, gpus) >= wanted), 1)
 
 
 def held(wanted: int, cpus: int, gpus: int) -> int:
     """Tell how many of `wanted` processes of that size the cluster can hold at once, at least 1."""
-    return max(1, min(wanted, _room(cpus, gpus) // at_once()))
+    return max(1, min(wanted, room(cpus, gpus) // at_once()))
 
 
 def device(wish: str) -> str:
@@ -121,7 +161,7 @@ def _nodes() -> list[tuple[float, float]]:
     return [(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
 
 
-def _room(cpus: int, gpus: int) -> int:
+def room(cpus: int, gpus: int) -> int:
     """Tell how many processes of that size the cluster's nodes could hold."""
     return sum(int(min(node[0] // cpus, node[1] // gpus) if gpus else node[0] // cpus) for node in _nodes())
 
@@ -144,7 +184,7 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
         for name, count in wanted.items()
         if count > total.get(name, 0)
     ]
-    if not lacking and _room(cpus, gpus) < workers:
+    if not lacking and room(cpus, gpus) < workers:
         nodes = ", ".join(f"{has[0]:g} CPU and {has[1]:g} GPU" for has in _nodes())
         lacking = [f"{workers} x {cpus} CPU and {gpus} GPU wanted, each on one node; the nodes have {nodes}"]
     if lacking:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ from pipelines import cluster, gallery, paths
 from pipelines.params import Params
 from pipelines.scores import BEST, LOCATED, ORACLE, SHUFFLED, headline, rounded, short, sorted_splits, summary
 from pipelines.stage import check_names, params, run
+from pipelines.transport import Place, Road
 from ris_core import files
 from ris_core.data.dataset import ShardStore
 from ris_core.data.images import load_image
@@ -34,7 +34,7 @@ from ris_core.evaluation.params import EvaluateParams
 from ris_core.evaluation.queries import Query, queries_of, shuffled, swapped
 from ris_core.models.answer import Reading
 from ris_core.models.contract import MapSystem, ProposalSystem, System
-from ris_core.models.registry import ModelInfo, load_model
+from ris_core.models.registry import ModelInfo, load_model, trains
 from ris_core.options import Plain
 from ris_core.predictor import RISPredictor
 
@@ -53,6 +53,7 @@ def main(
         if split is not None:
             name.check_split(split)
     store = ShardStore(paths.shards(dataset))
+    store.verify()
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
     model, described = load_model(paths.model(system, dataset))  # a bad one is told before any actor starts
@@ -155,15 +156,17 @@ def score(params: Params, system: str, dataset: str, wanted: list[Plain]) -> dic
     with cluster.connected():
         use_gpu = cluster.has_gpu(params.cluster.use_gpu)
         cluster.check_resources(1, 1, int(use_gpu))
+        road = Road.find()
         places = {
-            name: str(place.absolute())
-            for name, place in {
-                "model": paths.model(system, dataset),
-                "shards": paths.shards(dataset),
-                "photos": paths.raw(dataset),
-                "proposals": paths.proposals(dataset),
-            }.items()
+            "model": road.offer(paths.model(system, dataset)),
+            "shards": road.offer(paths.shards(dataset)),
         }
+        if not trains(system):
+            places["proposals"] = road.offer(paths.proposals(dataset))
+            photos = {
+                store.row(image)["file_name"] for job in wanted for image in store.images_of(job["split"]).tolist()
+            }
+            places["photos"] = road.offer(paths.raw(dataset), photos)
         data = cluster.data()
         actors = cluster.held(params.cluster.evaluate_actors, 1, int(use_gpu))
         rows = data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
@@ -190,9 +193,10 @@ def job_queries(store: ShardStore, job: Plain) -> list[Query]:
 class Scorer:
     """A Ray Data actor: the model and the shards are opened once, then pieces of jobs come in, one at a time."""
 
-    def __init__(self, places: dict[str, str], images_per_batch: int, precision: str):
-        model, described = load_model(places["model"], best_device())  # Ray shows it the GPU that it has, if any
-        self.store = ShardStore(places["shards"])
+    def __init__(self, places: dict[str, Place], images_per_batch: int, precision: str):
+        here = {name: place.local() for name, place in places.items()}
+        model, described = load_model(here["model"], best_device())  # Ray shows it the GPU that it has, if any
+        self.store = ShardStore(here["shards"])
         self.images_per_batch = images_per_batch
         self.answerers: dict[str, Answerer]  # by the end of a job's name; "" stands for all others
         if isinstance(model, MapSystem):
@@ -204,7 +208,7 @@ class Scorer:
             }
         else:
             assert isinstance(model, ProposalSystem)
-            proposals, photos = ProposalStore(places["proposals"]), Path(places["photos"])
+            proposals, photos = ProposalStore(here["proposals"]), here["photos"]
             self.answerers = {
                 "": ProposalAnswers(model, photos, proposals),
                 BEST: BestProposals(proposals),

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
-from pathlib import Path
 
 from pipelines import inputs
 from ris_core.options import digest
 
 # What a run writes itself, and DVC removes before; whatever made a result is elsewhere.
 MADE = ("--", ":/", ":(top,exclude)results", ":(top,exclude)dvc.lock")
-
-
-def file_digest(path: Path) -> str:
-    """Give the SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_name(stage: str, system: str, dataset: str, *decisive: object) -> str:

@@ -11,14 +11,15 @@ from typing import Annotated
 
 import typer
 
-from pipelines import fingerprint, paths, tracking
+from pipelines import paths
 from pipelines.stage import check_names, params, run
-from pipelines.training import Training, tracked_fit
+from pipelines.training import Training, trained
 from ris_core import files
 from ris_core.data.dataset import ShardStore
 from ris_core.models.clip import read_clip_config
 from ris_core.models.registry import ModelInfo, export_model, trains
 from ris_core.options import Plain, deciding
+from ris_core.training.checkpoint import completed
 from ris_core.training.run import initial_model
 
 
@@ -33,14 +34,14 @@ def main(
     store = ShardStore(paths.shards(dataset))
     clip = paths.clip(section.clip)
     clip_digest = read_clip_config(clip)["weights_sha256"]
-    data_digest = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
+    data_digest = files.file_sha256(paths.shards(dataset) / "manifest.json")
     first, first_run, scores = None, "", {}
     with files.replaced_folder(paths.initialisation(system, dataset)) as results:
         if section.initialise is not None:
             training = Training(system, dataset, "initialise", section, section.initialise, clip, clip_digest)
-            parent = tracking.open_parent(chosen.register.experiment, training.name("two-stage"))
-            done, first_run = tracked_fit(chosen, training, parent)
-            first, position = done.best, done.position
+            done, first_run = trained(chosen, training)
+            assert done.best is not None
+            first, position = completed(done.best, training.model(clip)), done.position
             scores = {"best_epoch": position.best_epoch, **position.history[position.best_epoch - 1]}
             files.write_csv(results / "history.csv", position.history)
         files.write_json(results / "metrics.json", scores)
@@ -57,8 +58,8 @@ def main(
         with files.replaced_folder(paths.start(system, dataset)) as folder:
             weights = initial_model(section, system, clip, first, chosen.train.seed)
             export_model(folder, system, weights, section.model, clip, info)
-    trained = f", first stage val mIoU {scores['val/mIoU']:.3f}" if scores else ""
-    typer.echo(f"{paths.start(system, dataset)}: {system} on {clip}{trained}")
+    told = f", first stage val mIoU {scores['val/mIoU']:.3f}" if scores else ""
+    typer.echo(f"{paths.start(system, dataset)}: {system} on {clip}{told}")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,23 @@ PLUMBING = {
     "pipelines",  # its environment
     *(
         f"pipelines.{name}"
-        for name in ("cluster", "fingerprint", "inputs", "params", "parts", "paths", "stage", "tracking")
+        for name in (
+            *(
+                "cluster",
+                "fingerprint",
+                "inputs",
+                "journal",
+                "lifeline",
+                "params",
+                "parts",
+                "paths",
+                "stage",
+                "tracking",
+            ),
+            *("job", "submit", "transport"),
+        )
     ),
-    *(f"ris_core.{name}" for name in ("config", "errors", "files", "options")),
+    *(f"ris_core.{name}" for name in ("config", "errors", "files", "options", "storage")),
     *("ris_core.evaluation.params", "ris_core.training.params"),
 }
 # What a module reads or names beside what it imports.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ris_core import config
+from ris_core.errors import ConfigError, list_problems
 from ris_core.options import option
 
 
@@ -22,13 +24,30 @@ class RegisterParams:
 
 @dataclass
 class ClusterParams:
-    """Where work runs. It decides no result: the same is expected from one worker or many."""
+    """Where work runs. It decides no result: the same is expected from one worker or many.
 
-    train_workers: int = option(1, minimum=1)
+    `train_workers` is a number, or a range `[least, most]`: then as many as fit are taken, and after a node is lost the
+    training goes on with those that are left. `max_failures` counts failures without a new checkpoint between them.
+    """
+
+    train_workers: Any = option(1)
     cpus_per_worker: int | None = option(None, minimum=1)
     use_gpu: str = option("auto", choices=("auto", "yes", "no"))
     max_failures: int = option(2, minimum=0)
     evaluate_actors: int = option(2, minimum=1)
+
+    def __post_init__(self) -> None:
+        given = self.train_workers
+        numbers = list(given) if isinstance(given, list | tuple) else [given, given]
+        if not (len(numbers) == 2 and all(type(each) is int for each in numbers) and 1 <= numbers[0] <= numbers[1]):
+            problem = f"train_workers is {given!r}: a number from 1, or a range of two, [least, most]"
+            raise ConfigError(list_problems("cluster", [problem]))
+
+    @property
+    def least_and_most(self) -> tuple[int, int]:
+        """Give the fewest and the most workers of a training."""
+        given = self.train_workers
+        return (given, given) if isinstance(given, int) else (given[0], given[1])
 
 
 @dataclass

@@ -9,6 +9,7 @@ PARAMS = Path("params.yaml")
 WATCHED = Path("results/params")
 REPORT = Path("results/report")
 TRACKING = Path("mlflow")  # the embedded store
+SQLITE = "sqlite:///"
 WAITING = Path("results/waiting.json")  # by `python -m benchmarks.waiting --record` alone: no two machines agree on it
 
 
@@ -93,6 +94,12 @@ def registration(system: str, dataset: str) -> Path:
 
 
 def storage() -> str:
-    """Locate checkpoints of runs in flight: `RIS_STORAGE` (a folder all nodes share, or a bucket URI), else `runs/` here."""
-    place = os.environ.get("RIS_STORAGE", "runs")
+    """Locate checkpoints, and what travels between nodes: `RIS_STORAGE` (a folder all nodes mount, or a bucket), else `runs/`."""
+    place = os.environ.get("RIS_STORAGE") or "runs"
     return place if "://" in place else str(Path(place).absolute())
+
+
+def tracking_uri() -> str:
+    """Locate the tracking store: `MLFLOW_TRACKING_URI`, or the embedded sqlite file (absolute, so that workers find it)."""
+    place = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{TRACKING / 'mlflow.db'}"
+    return f"{SQLITE}{Path(place.removeprefix(SQLITE)).absolute()}" if place.startswith(SQLITE) else place

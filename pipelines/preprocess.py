@@ -37,9 +37,8 @@ def build(records: Path, image_root: Path, out: Path, dataset: str, chosen: Prep
     count, options = count_records(records), chosen.shards()
     code = inputs.digest_of(inputs.code_of("preprocess"))
     with parts.collected(out, options, chosen.images_per_shard, code) as work:
-        entries = parts.run_tasks(
-            shard_tasks(records, count, image_root, work, options, chosen.images_per_shard), write_one
-        )
+        tasks = shard_tasks(records, count, image_root, work, options, chosen.images_per_shard)
+        entries = parts.run_tasks(tasks, write_one, names=photos_of)
         quarantined = [f"{bad['file_name']}: {bad['reason']}" for entry in entries for bad in entry["quarantined"]]
         if quarantined:
             print(list_problems(f"{dataset}: images left out", quarantined), file=sys.stderr)
@@ -58,20 +57,29 @@ def shard_tasks(
     return [
         {
             "path": str((out / f"part-{i:05d}.arrow").absolute()),
-            "records": str(records.absolute()),
+            "inputs": {"records": str(records.absolute()), "photos": str(image_root.absolute())},
             "rows": [start, min(start + images_per_shard, count)],
-            "image_root": str(image_root.absolute()),
             "options": asdict(options),
         }
         for i, start in enumerate(range(0, count, images_per_shard))
     ]
 
 
+def photos_of(task: Plain, name: str) -> list[str] | None:
+    """List the photos that a task's records name, as far as they are there."""
+    if name != "photos":
+        return None
+    root = Path(task["inputs"]["photos"])
+    names = [record.file_name for record in read_records(task["inputs"]["records"], *task["rows"])]
+    return [each for each in names if (root / each).is_file()]
+
+
 def write_one(row: parts.Row) -> parts.Row:
     """Do one task: write the shard that it describes, reading no more than its own records."""
     task = json.loads(row["task"])
-    records = read_records(task["records"], *task["rows"])
-    entry = write_shard(Path(task["path"]), records, Path(task["image_root"]), ShardOptions(**task["options"]))
+    inputs = task["inputs"]
+    records = read_records(inputs["records"], *task["rows"])
+    entry = write_shard(Path(task["path"]), records, Path(inputs["photos"]), ShardOptions(**task["options"]))
     return {"done": json.dumps(entry)}
 
 

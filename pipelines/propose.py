@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines import fingerprint, inputs, parts, paths
+from pipelines import inputs, parts, paths
 from pipelines.params import Params
 from pipelines.stage import check_names, params, run
 from ris_core import files
@@ -49,12 +50,14 @@ def build(dataset: str, chosen: Params) -> tuple[Plain, dict[str, list[int]]]:
     if wanted:
         proposer(options)  # what is missing is told here, not by a worker
     images = {split: store.images_of(split).tolist() for split in wanted}
-    shards = fingerprint.file_digest(paths.shards(dataset) / "manifest.json")
+    shards = files.file_sha256(paths.shards(dataset) / "manifest.json")
     code = inputs.digest_of(inputs.code_of("propose"))
     with parts.collected(paths.proposals(dataset), options, wanted, shards, IMAGES_PER_PART, code) as work:
         every = sorted({i for some in images.values() for i in some})
         use_gpu = chosen.cluster.use_gpu if options.generator == "sam" else "no"
-        done = parts.run_tasks(tasks(dataset, every, deciding(options), work), write_one, use_gpu)
+        done = parts.run_tasks(
+            tasks(dataset, every, deciding(options), work), write_one, use_gpu, names=partial(photos_of, store)
+        )
         names = sorted(part["name"] for part in done)
         made: dict[int, int] = {}
         for name in names:
@@ -77,11 +80,10 @@ def build(dataset: str, chosen: Params) -> tuple[Plain, dict[str, list[int]]]:
 
 def tasks(dataset: str, images: list[int], options: Plain, out: Path) -> list[Plain]:
     """List what `write_one` needs for each part."""
-    common = {
-        "shards": str(paths.shards(dataset).absolute()),
-        "photos": str(paths.raw(dataset).absolute()),
-        "options": options,
-    }
+    inputs = {"shards": paths.shards(dataset), "photos": paths.raw(dataset)}
+    if options["sam_weights"] is not None:
+        inputs["sam_weights"] = Path(options["sam_weights"])
+    common = {"inputs": {name: str(place.absolute()) for name, place in inputs.items()}, "options": options}
     return [
         {
             **common,
@@ -92,14 +94,21 @@ def tasks(dataset: str, images: list[int], options: Plain, out: Path) -> list[Pl
     ]
 
 
+def photos_of(store: ShardStore, task: Plain, name: str) -> list[str] | None:
+    """List the photos that a task looks at."""
+    return [store.row(image)["file_name"] for image in task["images"]] if name == "photos" else None
+
+
 def write_one(row: parts.Row) -> parts.Row:
     """Do one task: write the part that it describes, unless it is there already."""
     task = json.loads(row["task"])
     path = Path(task["path"])
     if not path.exists():  # the folder's name stands for everything that decides a part's content
-        store = ShardStore(task["shards"])
-        propose = proposer(proposal_options(task["options"]), best_device())
-        rows, photos = [store.row(image) for image in task["images"]], Path(task["photos"])
+        inputs, options = task["inputs"], task["options"]
+        store, photos = ShardStore(inputs["shards"]), Path(inputs["photos"])
+        options["sam_weights"] = inputs.get("sam_weights")
+        propose = proposer(proposal_options(options), best_device())
+        rows = [store.row(image) for image in task["images"]]
         write_part(path, [(each["image_id"], propose(load_image(photos / each["file_name"]))) for each in rows])
     return {"done": json.dumps({"name": path.name})}
 

@@ -47,8 +47,8 @@ def main(
         "data_digest": info.data_digest,
         "clip_digest": info.clip_digest,
         "config_digest": info.config_digest,
-        "weights_sha256": fingerprint.file_digest(model / WEIGHTS),
-        "dvc_lock_sha256": fingerprint.file_digest(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
+        "weights_sha256": files.file_sha256(model / WEIGHTS),
+        "dvc_lock_sha256": files.file_sha256(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
     }
     gallery = paths.evaluation(system, dataset) / "gallery"
     run_id = tracking.find_run(chosen.experiment, info.run)

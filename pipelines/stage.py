@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
-from pipelines import inputs, paths
+from pipelines import inputs, lifeline, paths
 from pipelines.params import Params, load_params
 from ris_core.config import preset_overrides
 from ris_core.data.refer.reader import DatasetName
@@ -52,8 +53,18 @@ def check_names(dataset: str, system: str | None = None) -> DatasetName:
     return name
 
 
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def run(main: Callable[..., None]) -> None:
-    """Run a stage's `main` as a command line. An expected error ends it with exit code 1 and its message alone."""
+    """Run a stage's `main` as a command line. An expected error ends it with exit code 1 and its message alone.
+
+    SIGTERM ends it as Ctrl-C does, with all that it started; so does the end of a DVC that runs it.
+    """
+    signal.signal(signal.SIGTERM, _end)
+    if os.environ.get("DVC_STAGE"):
+        lifeline.hold()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:

@@ -10,13 +10,14 @@ import fcntl
 import http.client
 import logging
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 from mlflow import MlflowClient, MlflowException
@@ -30,16 +31,18 @@ from pipelines import paths
 from pipelines.fingerprint import git_commit
 from ris_core.errors import ClusterError
 
-FOLDER = paths.TRACKING
 MAX_PARAM = 6000
-SQLITE = "sqlite:///"
+SQLITE = paths.SQLITE
 ANSWER_SECONDS = 5
+PATIENCE = 600  # seconds that a store which was there may be away
+AGAIN_AFTER = 5
+PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # errors of a server that is away
+BATCH = 1000  # metrics a request may hold
+uri = paths.tracking_uri
 
-
-def uri() -> str:
-    """Give the tracking store: `MLFLOW_TRACKING_URI`, or the embedded sqlite file (absolute, so that workers find it)."""
-    place = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{FOLDER / 'mlflow.db'}"
-    return f"{SQLITE}{_database(place).absolute()}" if place.startswith(SQLITE) else place
+T = TypeVar("T")
+Points = Sequence[Mapping[str, float]]  # metrics, each row with its step
+Logged = set[tuple[str, int]]
 
 
 def _database(place: str) -> Path:
@@ -194,6 +197,46 @@ def log_metrics(run_id: str, metrics: Mapping[str, float], step: int) -> None:
     MlflowClient(uri()).log_batch(run_id, metrics=batch)
 
 
+def logged(run_id: str) -> Logged:
+    """Give (name, step) of all metrics that a run has, but for this machine's load."""
+    client = MlflowClient(uri())
+    names = [name for name in client.get_run(run_id).data.metrics if not name.startswith("system/")]
+    return {(name, each.step) for name in names for each in client.get_metric_history(run_id, name)}
+
+
+def log_points(run_id: str, points: Points, there: Logged) -> None:
+    """Log rows of metrics, each with its `step`, but those that are `there`, so that none is logged twice."""
+    client, now = MlflowClient(uri()), int(time.time() * 1000)
+    new = [
+        Metric(metric_name(name), float(value), now, int(row["step"]))
+        for row in points
+        for name, value in row.items()
+        if name != "step" and (metric_name(name), int(row["step"])) not in there
+    ]
+    for first in range(0, len(new), BATCH):
+        client.log_batch(run_id, metrics=new[first : first + BATCH])
+
+
+def patiently(ask: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """Ask the store until it answers, saying on stderr that it is waited for.
+
+    Raises ClusterError when it stays away, and at once what it answers if that is an error of another kind.
+    """
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return ask()
+        except MlflowException as error:
+            if error.error_code not in PASSING:
+                raise
+            if time.monotonic() > deadline:
+                raise _unusable(uri(), error) from error
+            if not told:
+                print(f"the MLflow store at {uri()} does not answer: waiting for it", file=sys.stderr)
+            told = True
+        time.sleep(AGAIN_AFTER)
+
+
 def log_dataset(run_id: str, name: str, path: Path, digest: str, context: str) -> None:
     """Record which data a run used: its DVC path and the digest of its manifest."""
     dataset = MetaDataset(CodeDatasetSource(tags={"dvc.path": str(path)}), name=name, digest=digest[:36])
@@ -215,4 +258,4 @@ def running(run_id: str, system_metrics: bool = True) -> Iterator[None]:
     finally:
         if monitor:
             monitor.finish()
-        client.set_terminated(run_id, status)
+        patiently(lambda: client.set_terminated(run_id, status))

@@ -12,13 +12,14 @@ from typing import Annotated
 
 import typer
 
-from pipelines import fingerprint, paths, tracking
+from pipelines import paths
 from pipelines.stage import check_names, params, run
-from pipelines.training import Training, open_run, tracked_fit
+from pipelines.training import Training, trained
 from ris_core import files
 from ris_core.models.registry import CLIP_FOLDER, WEIGHTS, export_model, load_model, read_description
 from ris_core.options import digest
 from ris_core.training.run import check_start
+from ris_core.weights import read_safetensors
 
 
 def main(
@@ -32,17 +33,21 @@ def main(
     start = paths.start(system, dataset)
     check_start(start, system, section.model)
     info = read_description(start).info
-    start_digest = digest([fingerprint.file_digest(start / WEIGHTS), info.clip_digest, info.proposals])
-    training = Training(system, dataset, "train", section, section.train, start, start_digest)
+    start_digest = digest([files.file_sha256(start / WEIGHTS), info.clip_digest, info.proposals])
+    training = Training(
+        system, dataset, "train", section, section.train, start, start_digest, first_stage_run=info.first_stage_run
+    )
     if section.train is None:
-        name, run_id = open_run(chosen, training, info.proposals)
+        from pipelines import ray_training, tracking  # take seconds
+
+        name, run_id = ray_training.open_run(chosen, training, info.proposals)
         tracking.connect().set_terminated(run_id)
         weights, history, scores = dict(load_model(start)[0].state_dict()), [], {}
     else:
-        parent = tracking.parent_of(chosen.register.experiment, info.first_stage_run)
-        done, name = tracked_fit(chosen, training, parent)
+        done, name = trained(chosen, training)
         assert done.best is not None
-        position, weights, history = done.position, done.best, done.position.history
+        position, history = done.position, done.position.history
+        weights = read_safetensors(start / WEIGHTS) | done.best  # training leaves some as they were
         scores = {"best_epoch": position.best_epoch, **history[position.best_epoch - 1]}
         info = replace(info, word_len=section.train.word_len, epoch=position.best_epoch, val_mIoU=position.best_score)
     config = digest([section.model, section.train, info.proposals])

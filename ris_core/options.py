@@ -110,8 +110,15 @@ def editable(schema: DictConfig) -> DictConfig:
     return schema
 
 
-def misfits(schema: DictConfig, given: DictConfig, prefix: str) -> list[str]:
-    """List unknown keys, wrong types and values out of range of `given`, each a line that begins with the key's full name."""
+def misfits(
+    schema: DictConfig, given: DictConfig, prefix: str, schemas: dict[type, DictConfig] | None = None
+) -> list[str]:
+    """List unknown keys, wrong types and values out of range of `given`, each a line that begins with the key's full name.
+
+    `schemas` holds those of inner sections that were made before, as making one takes longer than using it; values are
+    tried in them.
+    """
+    schemas = {} if schemas is None else schemas
     problems: list[str] = []
     section = OmegaConf.get_type(schema)
     assert section is not None
@@ -129,20 +136,21 @@ def misfits(schema: DictConfig, given: DictConfig, prefix: str) -> list[str]:
             if isinstance(schema._get_node(key), DictConfig) and not get_origin(_one_type(hints[key])):
                 inner, optional = _section_type(hints[key])
                 if isinstance(value, DictConfig):
-                    problems += misfits(editable(OmegaConf.structured(inner)), value, f"{name}.")
+                    if inner not in schemas:
+                        schemas[inner] = editable(OmegaConf.structured(inner))
+                    problems += misfits(schemas[inner], value, f"{name}.", schemas)
                 elif value is not None or not optional:
                     known = ", ".join(item.name for item in dataclasses.fields(inner))
                     problems.append(f"{name}: expected a section with {known}, found {value!r}")
                 continue
-            typed = schema.copy()
-            typed[key] = value
+            schema[key] = value
         except (OmegaConfBaseException, OverflowError) as error:
             problems.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        entries = get_args(hints[key])
-        if get_origin(hints[key]) is tuple and Ellipsis not in entries and len(typed[key]) != len(entries):
-            problems.append(f"{name}: expected {len(entries)} values, found {list(typed[key])}")
-        values = typed[key] if isinstance(typed[key], ListConfig) else [] if typed[key] is None else [typed[key]]
+        entries, typed = get_args(hints[key]), schema[key]
+        if get_origin(hints[key]) is tuple and Ellipsis not in entries and len(typed) != len(entries):
+            problems.append(f"{name}: expected {len(entries)} values, found {list(typed)}")
+        values = typed if isinstance(typed, ListConfig) else [] if typed is None else [typed]
         problems += [f"{name}: {problem}" for problem in out_of_range(values, options[key])]
     return problems
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from pipelines import fingerprint, paths
+from pipelines import paths
 from pipelines.params import Params, load_params
+from ris_core.files import file_sha256
 from ris_core.models.clip import load_saved_clip, read_clip_config
 from ris_core.models.registry import ModelInfo, build_model, export_model, trains
 from ris_core.options import Plain, deciding, digest
@@ -113,7 +114,7 @@ def export_untrained(tiny: Tiny, folder: Path, system: str = SYSTEM) -> None:
         word_len=section.train.word_len if section.train else None,
         proposals=proposals,
         dataset=DATASET,
-        data_digest=fingerprint.file_digest(tiny.shards / "manifest.json"),
+        data_digest=file_sha256(tiny.shards / "manifest.json"),
         clip_digest=read_clip_config(clip)["weights_sha256"],
         config_digest=digest([section.model, section.train, proposals]),
         run=f"train-{system}-{DATASET}-{0:012}",

@@ -1,9 +1,13 @@
-"""Surroundings of all tests, set before any of our libraries is imported, and `tiny`: a whole small world, built once."""
+"""Surroundings of all tests, set before any of our libraries is imported, and what takes long to make and is made once:
+`tiny`, a whole small world, a Ray, and a server with buckets.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -189,3 +193,28 @@ def ray_session() -> Iterator[None]:
 
     with cluster.connected(num_cpus=4, log_to_driver=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def new_bucket() -> Iterator[Callable[[], str]]:
+    """A server on this machine that speaks S3; each call gives the URI of a folder in a bucket of its own."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow.fs import S3FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line for every request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    endpoint = "{}:{}".format(*server.get_host_and_port())
+    count = itertools.count(1)
+
+    def made() -> str:
+        bucket = f"bucket-{next(count)}"
+        S3FileSystem(endpoint_override=endpoint, scheme="http", allow_bucket_creation=True).create_dir(bucket)
+        return f"s3://{bucket}/folder?endpoint_override={endpoint}&scheme=http"
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            environment.setenv(f"AWS_{name}", "for-tests")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")  # nobody else is asked for credentials
+        yield made
+    server.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,15 +22,20 @@ from torch.utils.data import DataLoader, Dataset
 from ris_core.data import masks
 from ris_core.data.letterbox import Mode, letterbox_mask
 from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, decode_pixels
-from ris_core.errors import DataError
+from ris_core.errors import DataError, list_problems
+from ris_core.files import file_sha256
 
 CACHED_ROWS = 4096
+OPEN_SHARDS = 1024  # a process may hold only so many maps of files (65530 on Linux)
 
 Tokenize = Callable[[Sequence[str]], torch.Tensor]  # a system's: sentences -> int64 (N, L)
 
 
 class ShardStore:
     """All images of one prepared dataset, addressed by index 0..len-1; shards are memory-mapped, not loaded.
+
+    In memory are some bytes for each referent, in columns over all of them in the order of the images: `ref_image` (index of
+    its image), `ref_position` (its place among that image's) and `ref_split` (a number, index into `splits`).
 
     Raises DataError if the folder holds no finished shards or ones of another schema version.
     """
@@ -45,13 +51,12 @@ class ShardStore:
             raise DataError(f"{manifest}: shard schema {found}, this code reads {SCHEMA_VERSION}; preprocess again")
         self.image_size: int = self.manifest["image_size"]
         self.resample: Mode = self.manifest["resample"]
-        self._batches = [self._open(self.folder / entry["file"]) for entry in self.manifest["shards"]]
-        self._address = [(shard, row) for shard, batch in enumerate(self._batches) for row in range(batch.num_rows)]
+        self._shard = lru_cache(OPEN_SHARDS)(self._open)
         self._index_refs()
         self.row = lru_cache(CACHED_ROWS)(self._row)
 
-    @staticmethod
-    def _open(path: Path) -> pa.RecordBatch:
+    def _open(self, shard: int) -> pa.RecordBatch:
+        path = self.folder / self.manifest["shards"][shard]["file"]
         if not path.exists():
             raise DataError(f"{path} is named in the manifest but missing: preprocess this dataset again")
         try:
@@ -60,36 +65,50 @@ class ShardStore:
             raise DataError(f"{path} is damaged ({error}): delete it and preprocess this dataset again") from None
         return table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
 
+    def verify(self) -> None:
+        """Raise DataError, naming them, unless the bytes of all shards are those that the manifest was written for."""
+        entries = self.manifest["shards"]
+        damaged = [entry["file"] for entry in entries if file_sha256(self.folder / entry["file"]) != entry["sha256"]]
+        if damaged:
+            remedy = "Delete them and run the preprocess stage again (or `dvc checkout`, where DVC's cache has them)."
+            raise DataError(list_problems(f"{self.folder}: shards with other bytes than were written", damaged, remedy))
+
     def _index_refs(self) -> None:
-        """Flatten all referents to numpy columns: image index, position in the image, split, number of sentences."""
-        images, positions, splits, sentences = [], [], [], []
-        first = 0
-        for batch in self._batches:
-            refs = batch.column("refs")
+        """Flatten all referents to numpy columns, of the shards' lists of referents and their splits; nothing else is read."""
+        images, positions, splits = [], [], []
+        known: dict[str, int] = {}
+        first, self._ends = 0, np.zeros(len(self.manifest["shards"]), np.int64)
+        for shard in range(len(self._ends)):
+            refs = self._shard(shard).column("refs")
             lengths = refs.value_lengths().to_numpy(zero_copy_only=False)
-            images.append(first + np.repeat(np.arange(len(lengths)), lengths))
-            positions.append(np.concatenate([np.arange(n) for n in lengths] or [np.zeros(0, np.int64)]))
-            flat = refs.flatten()
-            splits += flat.field("split").to_pylist()
-            sentences.append(flat.field("sentences").value_lengths().to_numpy(zero_copy_only=False))
+            images.append(_narrow(first + np.repeat(np.arange(len(lengths)), lengths)))
+            positions.append(_narrow(np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)))
+            split = refs.flatten().field("split").dictionary_encode()
+            numbers = np.array([known.setdefault(name, len(known)) for name in split.dictionary.to_pylist()], np.uint8)
+            splits.append(numbers[split.indices.to_numpy()])
             first += len(lengths)
-        self.ref_image = np.concatenate(images)
-        self.ref_position = np.concatenate(positions)
-        self.ref_split = np.array(splits)
-        self.ref_sentences = np.concatenate(sentences)
+            self._ends[shard] = first
+        self.splits = list(known)
+        self.ref_image, self.ref_position = np.concatenate(images), np.concatenate(positions)
+        self.ref_split = np.concatenate(splits)
 
     def __len__(self) -> int:
-        return len(self._address)
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """Give the shard that holds an image, and its row there."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        batch = self._shard(shard)
+        return batch, index - int(self._ends[shard]) + batch.num_rows
 
     def pixels(self, index: int) -> np.ndarray:
         """Give the letterboxed image, uint8 (S, S, 3), read-only."""
-        shard, row = self._address[index]
-        content = self._batches[shard].column("image")[row].as_buffer()
+        batch, row = self._place(index)
+        content = batch.column("image")[row].as_buffer()
         return decode_pixels(content, self.manifest["storage"], self.image_size)
 
     def _row(self, index: int) -> dict[str, Any]:
-        shard, row = self._address[index]
-        batch = self._batches[shard]
+        batch, row = self._place(index)
         return {name: batch.column(name)[row].as_py() for name in batch.schema.names if name != "image"}
 
     def mask(self, index: int, ann_id: int) -> np.ndarray:
@@ -100,20 +119,29 @@ class ShardStore:
 
     def places(self) -> dict[int, int]:
         """Give the index of every image by its id."""
-        ids = [image_id for batch in self._batches for image_id in batch.column("image_id").to_pylist()]
+        shards = map(self._shard, range(len(self._ends)))
+        ids = [image_id for shard in shards for image_id in shard.column("image_id").to_pylist()]
         return {image_id: index for index, image_id in enumerate(ids)}
+
+    def refs_of(self, split: str) -> np.ndarray:
+        """Give indices of the referents in `split`, ascending. Raises DataError if there is none."""
+        if split not in self.splits:
+            known = ", ".join(self.manifest["splits"])
+            raise DataError(f"{self.manifest['dataset']} has no split '{split}'; it has {known}")
+        return np.flatnonzero(self.ref_split == self.splits.index(split))
 
     def images_of(self, split: str) -> np.ndarray:
         """Give indices of the images with at least one referent in `split`. Raises DataError if there is none."""
-        found = np.unique(self.ref_image[self.ref_split == split])
-        if not len(found):
-            known = ", ".join(self.manifest["splits"])
-            raise DataError(f"{self.manifest['dataset']} has no split '{split}'; it has {known}")
-        return found
+        return np.unique(self.ref_image[self.refs_of(split)])
 
 
 def _empty(schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([], schema=schema)
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """Give whole numbers from 0 on in the narrowest type that holds them."""
+    return values.astype(np.min_scalar_type(values.max(initial=0)))
 
 
 @dataclass(frozen=True)
@@ -154,10 +182,10 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
             raise DataError(f"a global batch of {plan.batch_images} images does not divide over {world} workers")
         self.store, self.plan, self.tokenize, self.stride = store, plan, tokenize, stride
         self.rank, self.world = rank, world
-        self.refs = np.flatnonzero(store.ref_split == split)
-        if not len(self.refs):
-            store.images_of(split)
-        self.steps = self._groups(0)[0].shape[0] // plan.batch_images
+        self.refs = _narrow(store.refs_of(split))
+        _, of_image = np.unique(store.ref_image[self.refs], return_counts=True)
+        self.of_image = _narrow(of_image)  # how many of the referents each image has that has any
+        self.steps = int((-(-of_image // plan.expressions_per_image)).sum()) // plan.batch_images
         if not self.steps:
             raise DataError(f"split '{split}' has fewer groups than one batch of {plan.batch_images} images")
         if plan.steps_per_epoch:
@@ -166,21 +194,27 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose batches `__getitem__` returns."""
-        self.groups, self.choice = self._groups(epoch)
+        self.groups, self._numbers = self._groups(epoch)
 
-    def _groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Give referents (G, k) of every group in this epoch's order, and a uniform number per choice of a sentence."""
-        random = np.random.default_rng([self.plan.seed, epoch])
+    def _groups(self, epoch: int) -> tuple[np.ndarray, np.random.PCG64]:
+        """Give referents (G, k) of every group in this epoch's order, and what draws the choices of sentences after that."""
+        numbers = np.random.PCG64([self.plan.seed, epoch])
+        random = np.random.Generator(numbers)
         k = self.plan.expressions_per_image
         refs = random.permutation(self.refs)
         if k == 1:
-            groups = refs[:, None]
-        else:
-            refs = refs[np.argsort(self.store.ref_image[refs], kind="stable")]
-            per_image = np.split(refs, np.flatnonzero(np.diff(self.store.ref_image[refs])) + 1)
-            filled = [np.resize(members, -(-len(members) // k) * k).reshape(-1, k) for members in per_image]
-            groups = random.permutation(np.concatenate(filled))
-        return groups, random.random(groups.shape)
+            return refs[:, None], numbers
+        refs = refs[np.argsort(self.store.ref_image[refs], kind="stable")]
+        return random.permutation(refs[filled(self.of_image, k)]), numbers
+
+    def choice(self, first: int, last: int) -> np.ndarray:
+        """Give uniform numbers (last - first, k) that choose the sentences of the groups first..last-1 of this epoch.
+
+        They are drawn where they are needed: the epoch's sequence is entered at its place.
+        """
+        k = self.plan.expressions_per_image
+        numbers = copy(self._numbers).advance(first * k)
+        return np.random.Generator(numbers).random((last - first, k))
 
     def __len__(self) -> int:
         return self.steps
@@ -188,7 +222,7 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         share = self.plan.batch_images // self.world
         start = step * self.plan.batch_images + self.rank * share
-        groups, choice = self.groups[start : start + share], self.choice[start : start + share]
+        groups, choice = self.groups[start : start + share], self.choice(start, start + share)
         store = self.store
         images = np.stack([store.pixels(int(store.ref_image[group[0]])) for group in groups])
         texts, targets = [], []
@@ -219,3 +253,14 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def filled(counts: np.ndarray, k: int) -> np.ndarray:
+    """Give which members fill groups of k, (G, k), when rows of so many members each lie end to end.
+
+    A row's groups take its members in turn, and from its first again until the last group is full.
+    """
+    counts = counts.astype(np.int64)
+    slots = -(-counts // k) * k
+    within = np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots)
+    return (np.repeat(np.cumsum(counts) - counts, slots) + within % np.repeat(counts, slots)).reshape(-1, k)

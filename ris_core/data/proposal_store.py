@@ -1,7 +1,7 @@
 """Proposals of a dataset's images on disk: made once, read by every system that chooses among masks.
 
 part-00000.parquet   image_id, height, width, counts: the masks as COCO RLE at the original size
-manifest.json        how they were made, and how many there are
+manifest.json        how they were made, how many there are, and the checksums of the parts
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ris_core.data import masks
-from ris_core.errors import DataError
-from ris_core.files import replaced_file, write_json
+from ris_core.errors import DataError, list_problems
+from ris_core.files import file_sha256, replaced_file, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA = pa.schema(
@@ -47,14 +47,15 @@ def part_counts(path: Path) -> dict[int, int]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest, last of all: a folder with a manifest is a finished one."""
-    write_json(folder / MANIFEST, content)
+    """Write the manifest, last of all: a folder with a manifest is a finished one. `parts` are the names of its files."""
+    checksums = {name: file_sha256(folder / name) for name in content["parts"]}
+    write_json(folder / MANIFEST, {**content, "sha256": checksums})
 
 
 class ProposalStore:
     """The proposals of one dataset, by image id.
 
-    Raises DataError if the folder holds no finished ones.
+    Raises DataError if the folder holds no finished ones, or parts are missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -63,6 +64,15 @@ class ProposalStore:
         if not manifest.exists():
             raise DataError(f"{manifest} does not exist: run the propose stage for this dataset first")
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+        checksums = self.manifest.get("sha256", {})
+        damaged = [
+            name
+            for name in self.manifest["parts"]
+            if not (self.folder / name).is_file() or file_sha256(self.folder / name) != checksums.get(name)
+        ]
+        if damaged:
+            remedy = "Run the propose stage for this dataset again."
+            raise DataError(list_problems(f"{self.folder}: parts that are missing or not as written", damaged, remedy))
         self._rows: dict[int, dict[str, Any]] = {}
         for part in self.manifest["parts"]:
             for row in pq.read_table(self.folder / part).to_pylist():

@@ -24,7 +24,7 @@ from PIL import Image
 from ris_core.data.images import BadImage, decode_image, load_image
 from ris_core.data.letterbox import Mode, letterbox_image
 from ris_core.data.records import ImageRecord
-from ris_core.files import replaced_file, write_json
+from ris_core.files import file_sha256, replaced_file, write_json
 from ris_core.options import option
 
 if TYPE_CHECKING:
@@ -245,12 +245,7 @@ def _finished_entry(path: Path, fingerprint: str) -> dict[str, Any] | None:
     if metadata.get(b"ris.fingerprint") != fingerprint.encode():
         return None
     entry = json.loads(metadata[b"ris.entry"])
-    return None if entry["quarantined"] else {**entry, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if entry["quarantined"] else {**entry, "sha256": file_sha256(path)}
 
 
 def write_manifest(

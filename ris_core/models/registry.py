@@ -1,7 +1,7 @@
 """The registry of systems, found by their folders, and the folder in which a model travels.
 
 model.safetensors    the weights that training changes
-model.json           system, its configuration, and where it came from (`info`)
+model.json           system, its configuration, where it came from (`info`), and the checksum of the weights
 clip/                clip.json, the architecture of the CLIP it stands on; for a system that keeps CLIP frozen also
                      clip.safetensors, whose checksum clip.json names
 """
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from ris_core import models
 from ris_core.data.letterbox import Mode
 from ris_core.errors import ConfigError, WeightsError
-from ris_core.files import replaced_file, write_json
+from ris_core.files import file_sha256, replaced_file, write_json
 from ris_core.models.clip import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -39,7 +39,7 @@ from ris_core.weights import load_strictly, read_json, read_safetensors
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
-FORMAT = 3
+FORMAT = 4
 CLIP_FOLDER = "clip"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
@@ -100,6 +100,7 @@ class Description:
     system: str
     config: SystemConfig
     info: ModelInfo
+    weights_sha256: str
 
 
 def build_model(system: str, config: SystemConfig, clip: CLIP) -> System:
@@ -123,7 +124,7 @@ def export_model(
     with replaced_file(folder / WEIGHTS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     content = {"format": FORMAT, "system": system, "config": asdict(config.saved()), "info": asdict(info)}
-    write_json(folder / DESCRIPTION, content)
+    write_json(folder / DESCRIPTION, {**content, "weights_sha256": file_sha256(folder / WEIGHTS)})
 
 
 def read_description(folder: str | Path) -> Description:
@@ -140,7 +141,7 @@ def read_description(folder: str | Path) -> Description:
         raise WeightsError(
             f"{folder / DESCRIPTION} has another format than {FORMAT}, the one read here; export it again"
         )
-    absent = [name for name in ("system", "config", "info") if name not in content]
+    absent = [name for name in ("system", "config", "info", "weights_sha256") if name not in content]
     if absent:
         raise WeightsError(f"{folder / DESCRIPTION} is damaged: {', '.join(absent)} missing; export it again")
     config, info = None, None
@@ -158,7 +159,7 @@ def read_description(folder: str | Path) -> Description:
             f"{folder / DESCRIPTION} does not describe a model that can be built here: {'; '.join(problems)}; "
             "export it again"
         )
-    return Description(str(content["system"]), config, info)
+    return Description(str(content["system"]), config, info, str(content["weights_sha256"]))
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[System, Description]:
@@ -178,7 +179,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     except Exception as error:  # sizes that nothing checks make layers raise errors of many kinds
         told = str(error) or type(error).__name__
         raise WeightsError(f"{folder} does not hold together: {told}; export it again") from error
-    load_strictly(
-        model, read_safetensors(folder / WEIGHTS), f"{folder / WEIGHTS} does not fit the model.json beside it"
-    )
+    weights = read_safetensors(folder / WEIGHTS)
+    if file_sha256(folder / WEIGHTS) != described.weights_sha256:
+        raise WeightsError(
+            f"{folder / WEIGHTS} is not the file {DESCRIPTION} was written for (checksums differ); export both again"
+        )
+    load_strictly(model, weights, f"{folder / WEIGHTS} does not fit the model.json beside it")
     return model.to(device).eval(), described

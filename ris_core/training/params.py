@@ -15,6 +15,9 @@ from ris_core.options import option
 class TrainParams:
     """One training. Steps are the optimiser's own; `batch_images` is the global batch over all workers.
 
+    A worker whose share of it is more than `micro_batch_images` takes so many at a time and adds up their gradients: the
+    same step to rounding, but where a batch norm takes its statistics of what it sees at once.
+
     The section `train` holds what all systems share; a system's own `train` (and `initialise`) is laid over it.
     """
 
@@ -43,7 +46,8 @@ class TrainParams:
     compile: bool = False
     loss: LossParams = field(default_factory=LossParams)
     loader_workers: int = option(0, minimum=0, decides=False)
-    checkpoint_every_steps: int | None = option(None, minimum=1, decides=False)
+    micro_batch_images: int | None = option(None, minimum=1, decides=False)
+    checkpoint_every_steps: int | None = option(200, minimum=1, decides=False)  # and after each epoch
     keep: str = option("best", choices=("best", "last"))  # the epoch whose weights are kept; best by validation mIoU
     validate_split: str = "val"
     validate_images: int | None = option(None, minimum=1)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torchvision.ops import roi_align
 from tqdm import tqdm
 
 from ris_core.data.images import load_image
@@ -224,6 +223,8 @@ def encode_scenes(clip: CLIP, data: Captions, scenes: np.ndarray, regions: np.nd
 
     scenes and regions index the captions of `data`; every region must lie in the image of one of the scenes.
     """
+    from torchvision.ops import roi_align  # takes a second, and every stage reads this module's options
+
     device = clip.logit_scale.device
     images, row = np.unique(data.scene_image[scenes], return_inverse=True)
     pooled, patches = dense_map(clip, normalise(data.pixels[images].to(device)))

@@ -24,25 +24,24 @@ from ris_core.training.params import SystemSection, TrainParams
 from ris_core.training.runtime import Runtime, sum_over_ranks
 
 
-def first_stage_trainer(section: SystemSection, system: str, shards: Path, clip: Path, runtime: Runtime) -> Trainer:
-    """Give the part of a two-stage system that is trained first, on a fresh CLIP, ready to `fit`.
+def first_stage_model(section: SystemSection, system: str, clip: Path) -> MapSystem:
+    """Make the part of a two-stage system that is trained first, on a fresh CLIP.
 
-    The same on every rank: new layers are initialised from the seed before the ranks go their own ways.
+    The same in every process: new layers are initialised from the seed of its training.
     """
     part, training = first_stage(system), section.initialise
     assert part is not None  # config.py sees to it
     assert training is not None
     torch.manual_seed(training.seed)
-    return make_trainer(part(load_saved_clip(clip), section.model), training, ShardStore(shards), runtime)
+    return part(load_saved_clip(clip), section.model)
 
 
-def trainer_from(section: SystemSection, system: str, shards: Path, start: Path, runtime: Runtime) -> Trainer:
-    """Give the training of a system that begins with the model in the folder `start`, ready to `fit`."""
-    assert section.train is not None
+def starting_model(section: SystemSection, system: str, start: Path) -> MapSystem:
+    """Load the model in the folder `start`, with which the training of a system begins."""
     check_start(start, system, section.model)
     model, _ = load_model(start)
     assert isinstance(model, MapSystem)
-    return make_trainer(model, section.train, ShardStore(shards), runtime)
+    return model
 
 
 def initial_model(

@@ -7,7 +7,6 @@ for Ray Train. A loop that only sees this protocol gives the same weights under 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,8 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ris_core.device import best_device
-from ris_core.training import checkpoint as checkpoints
-from ris_core.training.checkpoint import Checkpoint
+from ris_core.training.checkpoint import Checkpoint, Checkpoints
 
 
 class Runtime(Protocol):
@@ -31,19 +29,27 @@ class Runtime(Protocol):
         ...
 
     def load(self) -> Checkpoint | None:
-        """Load the newest checkpoint of this run, if there is one."""
+        """Load the newest whole checkpoint of this run, if there is one. Every rank does."""
         ...
 
-    def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
-        """Hand out metrics and a checkpoint. Every rank must call it equally often; only rank 0's checkpoint counts."""
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Have a checkpoint written while training goes on. Rank 0 alone calls it."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until what was given to `save` is written. Every rank calls it, at the end."""
         ...
 
 
 class LocalRuntime:
-    """A plain process, or one of `torchrun`'s; the newest checkpoint lies in `folder/checkpoint`."""
+    """A plain process, or one of `torchrun`'s."""
 
-    def __init__(self, folder: Path, device: str | None = None):
-        self.folder = folder / "checkpoint"
+    rank: int
+    world: int
+    device: torch.device
+
+    def __init__(self, checkpoints: Checkpoints, device: str | None = None):
+        self.checkpoints = checkpoints
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(device or best_device())
@@ -60,11 +66,13 @@ class LocalRuntime:
         return nn.parallel.DistributedDataParallel(model)
 
     def load(self) -> Checkpoint | None:
-        return checkpoints.load(self.folder) if checkpoints.exists(self.folder) else None
+        return self.checkpoints.load(tell=self.rank == 0)
 
-    def report(self, metrics: dict[str, float], checkpoint: Checkpoint | None) -> None:
-        if self.rank == 0 and checkpoint is not None:
-            checkpoints.save(self.folder, checkpoint)
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.save_beside(checkpoint)
+
+    def finish(self) -> None:
+        self.checkpoints.wait()
         self.wait()
 
     def wait(self) -> None:

@@ -18,15 +18,19 @@ import torch
 from pipelines_world import DATASET, SYSTEM, Workplace, contents, open_workplace
 from safetensors.torch import load_file
 
-from pipelines import cluster, fingerprint, initialise, paths, tracking, train, training
+from pipelines import cluster, initialise, paths, ray_training, tracking, train
 from pipelines.params import ClusterParams, Params
 from pipelines.training import Training
+from ris_core.data.dataset import ShardStore
 from ris_core.errors import ConfigError, WeightsError
+from ris_core.files import file_sha256
 from ris_core.models.clip import read_clip_config
 from ris_core.models.registry import ModelInfo, load_model, read_description
 from ris_core.models.risclip import RISCLIPConfig
 from ris_core.options import Plain
-from ris_core.training.run import first_stage_trainer, initial_model, trainer_from
+from ris_core.storage import Storage
+from ris_core.training.checkpoint import Checkpoints
+from ris_core.training.run import first_stage_model, initial_model, make_trainer, starting_model
 from ris_core.training.runtime import LocalRuntime
 
 if TYPE_CHECKING:
@@ -60,8 +64,8 @@ def test_fresh_layers_on_a_clip_need_no_cluster_and_no_tracking(
         dataset=DATASET,
         image_size=64,
         resample="opencv4",
-        clip_digest=fingerprint.file_digest(tiny.clip / "clip.safetensors"),
-        data_digest=fingerprint.file_digest(tiny.shards / "manifest.json"),
+        clip_digest=file_sha256(tiny.clip / "clip.safetensors"),
+        data_digest=file_sha256(tiny.shards / "manifest.json"),
     )
     assert json.loads((paths.initialisation(SYSTEM, DATASET) / "metrics.json").read_text()) == {}
     assert workplace.files() == {
@@ -81,11 +85,11 @@ def test_the_seed_and_the_dimensions_decide_what_is_written(workplace: Workplace
     for change in ({}, {"train": {"seed": 1}}, {"cris": {"model": {"ffn_dim": 48}}}):
         workplace.change(**change)
         initialise.main(SYSTEM, DATASET)
-        made.append(fingerprint.file_digest(weights))
+        made.append(file_sha256(weights))
     assert len(set(made)) == 3
     workplace.change(cris={"train": {"lr": 9e-3}}, risclip={"model": {"cfe_dim": 32}})  # of training, of another system
     initialise.main(SYSTEM, DATASET)
-    assert fingerprint.file_digest(weights) == made[-1]
+    assert file_sha256(weights) == made[-1]
 
 
 def test_what_is_missing_is_named(workplace: Workplace) -> None:
@@ -118,7 +122,7 @@ def test_a_changed_input_is_another_first_stage(
             initialise.main(TWO, DATASET)
         return seen[-1]
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(ray_training, "fit", fit)
     workplace.link("shards", "clip", "clip_vit")
     first = start()
     assert first[0].startswith("initialise-risclip-shapes-")
@@ -206,21 +210,22 @@ def rows(file: Path) -> list[dict[str, float]]:
 
 @pytest.mark.ray
 def test_both_stages_end_with_the_weights_of_a_plain_process(both: Both, tiny: Tiny, tmp_path: Path) -> None:
-    runtime = LocalRuntime(tmp_path / "first", "cpu")
-    section = both.params.of(TWO)
-    first = first_stage_trainer(section, TWO, tiny.shards, tiny.clip_vit, runtime)
+    section, store = both.params.of(TWO), ShardStore(tiny.shards)
+    assert section.initialise is not None
+    assert section.train is not None
+    runtimes = [LocalRuntime(Checkpoints(Storage(tmp_path / name)), "cpu") for name in ("first", "second")]
+    first = make_trainer(first_stage_model(section, TWO, tiny.clip_vit), section.initialise, store, runtimes[0])
     position = first.fit()
-    assert first.best is not None
-    assert same_weights(locator(both.start), first.best)
+    assert same_weights(locator(both.start), first.best_weights())
     history = rows(both.place.root / RESULTS / "history.csv")
     assert history == [pytest.approx(row, abs=1e-6) for row in position.history]
     metrics = json.loads((both.place.root / RESULTS / "metrics.json").read_text())
     assert metrics == {"best_epoch": position.best_epoch, **history[position.best_epoch - 1]}
 
-    second = trainer_from(section, TWO, tiny.shards, both.place.root / START, LocalRuntime(tmp_path, "cpu"))
+    start = starting_model(section, TWO, both.place.root / START)
+    second = make_trainer(start, section.train, store, runtimes[1])
     second.fit()
-    assert second.best is not None
-    assert same_weights(both.model, second.best)
+    assert same_weights(both.model, second.best_weights())
     assert all(torch.equal(value, both.start[name]) for name, value in both.model.items() if "locator" in name)
     assert not torch.equal(both.model["decoder.head.weight"], both.start["decoder.head.weight"])
     assert len(rows(paths.training(TWO, DATASET) / "history.csv")) == 1
@@ -233,7 +238,7 @@ def test_the_model_tells_of_both_its_stages(both: Both, tiny: Tiny) -> None:
     assert not model.training
     assert (described.system, info.dataset, info.image_size, info.word_len) == (TWO, DATASET, 64, 12)
     assert info.clip_digest == read_clip_config(tiny.clip_vit)["weights_sha256"]
-    assert fingerprint.file_digest(MODEL / "clip/clip.safetensors") == info.clip_digest
+    assert file_sha256(MODEL / "clip/clip.safetensors") == info.clip_digest
     started = read_description(START).info
     assert info.first_stage_run == started.first_stage_run != ""
     assert (started.run, started.word_len, started.epoch, started.val_mIoU) == ("", None, None, None)
@@ -306,7 +311,7 @@ def test_a_finished_first_stage_is_not_trained_again(both: Both, monkeypatch: py
     shutil.rmtree(both.place.root / START)
     shutil.rmtree(both.place.root / RESULTS)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_worker", worker_that_may_not_train(training.train_worker))
+        patch.setattr(ray_training, "train_worker", worker_that_may_not_train(ray_training.train_worker))
         initialise.main(TWO, DATASET)
     assert contents(both.place.root / START) == before
     assert contents(both.place.root / RESULTS) == results

@@ -56,7 +56,7 @@ def spoilt(tiny: Tiny, tmp_path: Path) -> tuple[Path, list[str]]:
 def test_one_worker_writes_the_same_bytes_as_four(
     tiny: Tiny, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_after_another(tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row]) -> list[Plain]:
+    def one_after_another(tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row], **_: object) -> list[Plain]:
         return [json.loads(write({"task": json.dumps(task)})["done"]) for task in reversed(tasks)]
 
     monkeypatch.setattr(preprocess.parts, "run_tasks", one_after_another)
@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_with_what_was_finished(
 ) -> None:
     out = tmp_path / "shards"
 
-    def stopped(tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row]) -> list[Plain]:
+    def stopped(tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row], **_: object) -> list[Plain]:
         for task in tasks[:3]:
             write({"task": json.dumps(task)})
         raise KeyboardInterrupt

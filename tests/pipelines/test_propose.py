@@ -41,11 +41,11 @@ def ready(workplace: Workplace) -> Workplace:
 Write = Callable[[parts.Row], parts.Row]
 
 
-def in_this_process(wanted: Sequence[Plain], write: Write, use_gpu: str = "no") -> list[Plain]:
+def in_this_process(wanted: Sequence[Plain], write: Write, use_gpu: str = "no", **_: object) -> list[Plain]:
     return [json.loads(write({"task": json.dumps(task)})["done"]) for task in wanted]
 
 
-def last_first(wanted: Sequence[Plain], write: Write, use_gpu: str = "no") -> list[Plain]:
+def last_first(wanted: Sequence[Plain], write: Write, use_gpu: str = "no", **_: object) -> list[Plain]:
     return in_this_process(wanted[::-1], write)
 
 
@@ -131,7 +131,7 @@ def test_the_bytes_do_not_depend_on_who_writes_them_or_when(
 def test_a_stopped_run_goes_on_with_what_was_finished(
     undisturbed: dict[str, bytes], ready: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(wanted: Sequence[Plain], write: Write, use_gpu: str) -> list[Plain]:
+    def stopped(wanted: Sequence[Plain], write: Write, use_gpu: str, **_: object) -> list[Plain]:
         in_this_process(wanted[:2], write)
         raise KeyboardInterrupt
 
@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_with_what_was_finished(
 
 
 def test_other_options_do_not_take_over_what_was_finished(ready: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(wanted: Sequence[Plain], write: Write, use_gpu: str) -> list[Plain]:
+    def stopped(wanted: Sequence[Plain], write: Write, use_gpu: str, **_: object) -> list[Plain]:
         in_this_process(wanted[:1], write)
         raise KeyboardInterrupt
 

@@ -109,8 +109,8 @@ def test_a_version_carries_its_lineage(
         "data_digest": info["data_digest"],
         "clip_digest": info["clip_digest"],
         "config_digest": info["config_digest"],
-        "weights_sha256": fingerprint.file_digest(workplace.trained / "model.safetensors"),
-        "dvc_lock_sha256": fingerprint.file_digest(workplace.root / "dvc.lock"),
+        "weights_sha256": files.file_sha256(workplace.trained / "model.safetensors"),
+        "dvc_lock_sha256": files.file_sha256(workplace.root / "dvc.lock"),
     }
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"

@@ -18,13 +18,17 @@ import torch
 from pipelines_world import DATASET, SYSTEM, Workplace, open_workplace, python, started, wait_for
 from safetensors.torch import load_file, save_file
 
-from pipelines import fingerprint, initialise, paths, tracking, train, training
+from pipelines import initialise, paths, ray_training, tracking, train
 from pipelines.params import ClusterParams, Params
 from pipelines.training import Training
+from ris_core.data.dataset import ShardStore
 from ris_core.errors import ClusterError, ConfigError, WeightsError
+from ris_core.files import file_sha256
 from ris_core.models.registry import load_model
 from ris_core.options import Plain
-from ris_core.training.run import trainer_from
+from ris_core.storage import Storage
+from ris_core.training.checkpoint import Checkpoints
+from ris_core.training.run import make_trainer, starting_model
 from ris_core.training.runtime import LocalRuntime
 
 if TYPE_CHECKING:
@@ -71,7 +75,7 @@ def worker_that_notes_its_first_step(note: Path) -> Callable[[Plain], None]:
             return whole(self, batch, global_step)
 
         Trainer._step = step  # type: ignore[method-assign]
-        training.train_worker(config)
+        ray_training.train_worker(config)
 
     return worker
 
@@ -94,13 +98,10 @@ def finished(
         command = ("-m", "pipelines.train", "--system", SYSTEM, "--dataset", DATASET)
         address = ray.get_runtime_context().gcs_address
         with started(*command, cwd=place.root, RAY_ADDRESS=address) as driver:
-            snapshots = (place.root / "runs").glob  # what Ray Train reads to find the newest checkpoint again
-            wait_for(
-                lambda: any("checkpoint_" in s.read_text() for s in snapshots("*/checkpoint_manager*.json")), driver
-            )
+            wait_for(lambda: any((place.root / "runs").glob("*/checkpoints/*/state.json")), driver)
         assert driver.returncode == -signal.SIGKILL
         assert {Path(file).parts[0] for file in place.files()} == {"runs"}  # nothing that looks like a result
-        patch.setattr(training, "train_worker", worker_that_notes_its_first_step(folder / "first_step"))
+        patch.setattr(ray_training, "train_worker", worker_that_notes_its_first_step(folder / "first_step"))
         train.main(SYSTEM, DATASET)
         patch.undo()
         patch.chdir(place.root)
@@ -124,10 +125,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_plain_proces
     finished: Finished, tiny: Tiny, untrained: Path, tmp_path: Path
 ) -> None:
     assert finished.resumed_at >= 3  # the first epoch's steps were not trained again
-    plain = trainer_from(finished.params.of(SYSTEM), SYSTEM, tiny.shards, untrained, LocalRuntime(tmp_path, "cpu"))
+    section = finished.params.of(SYSTEM)
+    assert section.train is not None
+    runtime = LocalRuntime(Checkpoints(Storage(tmp_path)), "cpu")
+    plain = make_trainer(starting_model(section, SYSTEM, untrained), section.train, ShardStore(tiny.shards), runtime)
     position = plain.fit()
-    assert plain.best is not None
-    assert same_weights(finished.weights, plain.best)
+    assert same_weights(finished.weights, plain.best_weights())
     assert not same_weights(finished.weights, load_file(untrained / "model.safetensors"))  # it did learn something
     history = rows(finished.place.root / paths.training(SYSTEM, DATASET))
     assert history == [pytest.approx(row, abs=1e-6) for row in position.history]
@@ -140,8 +143,8 @@ def test_the_model_folder_tells_where_it_came_from(finished: Finished, tiny: Tin
     info = described.info
     assert not model.training
     assert (described.system, info.dataset, info.image_size, info.word_len) == (SYSTEM, DATASET, 64, 12)
-    assert info.data_digest == fingerprint.file_digest(tiny.shards / "manifest.json")
-    assert info.clip_digest == fingerprint.file_digest(tiny.clip / "clip.safetensors")
+    assert info.data_digest == file_sha256(tiny.shards / "manifest.json")
+    assert info.clip_digest == file_sha256(tiny.clip / "clip.safetensors")
     left = {Path(file).parts[0] for file in finished.place.files()}
     assert left == {"models", "results", "runs"}
     assert not [file for file in finished.place.files() if "partial" in file or file.endswith(".tmp")]
@@ -172,7 +175,7 @@ def worker_that_may_not_train(config: Plain) -> None:
         raise AssertionError(f"step {global_step} was trained again")
 
     Trainer._step = step  # type: ignore[method-assign]
-    training.train_worker(config)
+    ray_training.train_worker(config)
 
 
 def test_the_same_inputs_do_not_train_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +185,7 @@ def test_the_same_inputs_do_not_train_again(finished: Finished, monkeypatch: pyt
     shutil.rmtree(finished.place.root / MODEL)  # as DVC does before it runs a stage
     shutil.rmtree(finished.place.root / "results")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_worker", worker_that_may_not_train)
+        patch.setattr(ray_training, "train_worker", worker_that_may_not_train)
         train.main(SYSTEM, DATASET)
     assert (finished.place.root / MODEL / "model.safetensors").read_bytes() == before
     epochs = [row["epoch"] for row in rows(finished.place.root / paths.training(SYSTEM, DATASET))]
@@ -207,7 +210,7 @@ def worker_that_dies_once(marker: Path, rank: int, at_step: int) -> Callable[[Pl
             return whole(self, batch, global_step)
 
         Trainer._step = step  # type: ignore[method-assign]
-        training.train_worker(config)
+        ray_training.train_worker(config)
 
     return worker
 
@@ -220,7 +223,7 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
     initialise.main(SYSTEM, DATASET)
     monkeypatch.setenv("RIS_STORAGE", str(tmp_path / "storage"))
     marker = tmp_path / "killed"
-    monkeypatch.setattr(training, "train_worker", worker_that_dies_once(marker, rank=1, at_step=5))
+    monkeypatch.setattr(ray_training, "train_worker", worker_that_dies_once(marker, rank=1, at_step=5))
     train.main(SYSTEM, DATASET)
     assert marker.exists()
     assert [path.name.startswith("train-cris-shapes-") for path in (tmp_path / "storage").iterdir()] == [True]
@@ -233,8 +236,10 @@ def test_two_workers_of_which_one_is_killed_end_as_if_undisturbed(
     plain = load_file(tmp_path / "plain" / "model" / "model.safetensors")
     assert same_weights(load_file(workplace.root / MODEL / "model.safetensors"), plain)
     history = rows(workplace.root / paths.training(SYSTEM, DATASET))
-    state = json.loads((tmp_path / "plain" / "checkpoint" / "state.json").read_text())
-    assert history == [pytest.approx(row, abs=1e-6) for row in state["history"]]
+    (run,) = (tmp_path / "plain" / "checkpoints").iterdir()
+    position = Checkpoints(Storage(run)).position()
+    assert position is not None
+    assert history == [pytest.approx(row, abs=1e-6) for row in position.history]
 
 
 def test_a_cluster_that_is_too_small_is_told_instead_of_waited_for(workplace: Workplace, store: Path) -> None:
@@ -281,7 +286,7 @@ def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monke
             train.main(SYSTEM, DATASET)
         return seen[-1]
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(ray_training, "fit", fit)
     workplace.link("shards", "start")
     first = start()
     assert start() == first

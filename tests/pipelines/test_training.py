@@ -77,6 +77,9 @@ RENAMED = {  # of what: the training of CRIS, the first stage of RISCLIP, its se
     "ris_core/data/dataset.py": (True, True, True),
     "ris_core/evaluation/evaluator.py": (True, True, True),  # validation chooses the epoch
     "pipelines/training.py": (True, True, True),
+    "pipelines/ray_training.py": (True, True, True),
+    "pipelines/journal.py": (False, False, False),
+    "pipelines/transport.py": (False, False, False),
     "pipelines/train.py": (True, False, True),
     "pipelines/initialise.py": (False, True, False),
     "pipelines/cluster.py": (False, False, False),

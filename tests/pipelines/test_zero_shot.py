@@ -17,7 +17,6 @@ from pipelines_world import DATASET, Workplace, contents, open_workplace
 from pipelines import (
     cluster,
     evaluate,
-    fingerprint,
     gallery,
     initialise,
     parts,
@@ -33,6 +32,7 @@ from ris_core.evaluation import evaluator
 from ris_core.evaluation.answers import BestProposals, ProposalAnswers
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.evaluation.metrics import scores as measured
+from ris_core.files import file_sha256
 from ris_core.models.answer import Reading
 from ris_core.models.contract import ProposalSystem
 from ris_core.models.registry import load_model, read_description
@@ -63,7 +63,7 @@ class Made:
 
 
 def in_this_process(
-    tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row], use_gpu: bool = False
+    tasks: Sequence[Plain], write: Callable[[parts.Row], parts.Row], use_gpu: bool = False, **_: object
 ) -> list[Plain]:
     return [json.loads(write({"task": json.dumps(task)})["done"]) for task in tasks]
 
@@ -118,7 +118,7 @@ def test_nothing_is_trained_and_the_model_loads(made: Made) -> None:
     info, started = described.info, read_description(START).info
     assert {name for name, value in asdict(info).items() if value != asdict(started)[name]} == {"config_digest", "run"}
     assert (started.config_digest, started.run) == ("", "")
-    assert info.data_digest == fingerprint.file_digest(paths.shards(DATASET) / "manifest.json")
+    assert info.data_digest == file_sha256(paths.shards(DATASET) / "manifest.json")
     assert info.proposals == ProposalStore(paths.proposals(DATASET)).manifest["options"]
     assert not [file for file in made.place.files() if "partial" in file or file.endswith(".tmp")]
 

@@ -22,6 +22,7 @@ FLOORS = (
     {"errors"},
     {"options"},
     {"files"},
+    {"storage"},
     {"device"},
     {"contents"},
     {"weights"},

@@ -119,7 +119,8 @@ def test_sentences_change_from_epoch_to_epoch(store: ShardStore) -> None:
         for step in range(len(made)):
             for ref, tokens in zip(made.groups[4 * step : 4 * step + 4, 0], made[step]["tokens"], strict=True):
                 seen.setdefault(int(ref), set()).add(str([token for token in tokens.tolist() if token]))
-    several = [len(seen[ref]) for ref in seen if store.ref_sentences[ref] > 1]
+    refs = [ref for image in range(len(store)) for ref in store.row(image)["refs"]]
+    several = [len(texts) for ref, texts in seen.items() if len(refs[ref]["sentences"]) > 1]
     assert np.mean(several) > 1.5
 
 
@@ -127,7 +128,7 @@ def test_one_expression_per_image_is_every_referent_exactly_once(store: ShardSto
     made = batches(store, images=5, k=1)  # 70 referents in 14 batches
     for epoch in range(3):
         drawn = Counter(drawn_refs(made, epoch).ravel().tolist())
-        assert sorted(drawn) == np.flatnonzero(store.ref_split == "train").tolist()
+        assert sorted(drawn) == store.refs_of("train").tolist()
         assert set(drawn.values()) == {1}
 
 
@@ -136,7 +137,7 @@ def test_every_referent_comes_at_least_once_when_groups_divide_evenly(store: Sha
     assert len(made) == len(made.groups)
     for epoch in range(3):
         groups = drawn_refs(made, epoch)
-        assert set(groups.ravel()) == set(np.flatnonzero(store.ref_split == "train"))
+        assert set(groups.ravel()) == set(store.refs_of("train"))
         images = store.ref_image[groups]
         assert (images == images[:, :1]).all(), "a group is about one image"
 
@@ -144,7 +145,7 @@ def test_every_referent_comes_at_least_once_when_groups_divide_evenly(store: Sha
 def test_groups_are_filled_up_where_an_image_has_too_few_referents(store: ShardStore) -> None:
     made = batches(store, images=2, k=8)
     for group in drawn_refs(made, 0):
-        members = set(np.flatnonzero((store.ref_image == store.ref_image[group[0]]) & (store.ref_split == "train")))
+        members = {ref for ref in store.refs_of("train") if store.ref_image[ref] == store.ref_image[group[0]]}
         assert set(group) == members
         counts = Counter(group.tolist()).values()
         assert max(counts) - min(counts) <= 1
@@ -208,14 +209,114 @@ def test_images_of_a_split(store: ShardStore, tiny: Tiny) -> None:
         store.images_of("dev")
 
 
-def test_the_index_of_referents_agrees_with_the_rows(store: ShardStore) -> None:
-    expected = [
-        (image, position, ref["split"], len(ref["sentences"]))
-        for image in range(len(store))
-        for position, ref in enumerate(store.row(image)["refs"])
-    ]
-    columns = (store.ref_image, store.ref_position, store.ref_split, store.ref_sentences)
-    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+@pytest.fixture(scope="module")
+def uneven(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> ShardStore:
+    """Images with 0 to 8 referents, in turns of one split and another, in shards of which one holds no referent, one no
+    image, and one a single image.
+    """
+    folder, options = tmp_path_factory.mktemp("uneven"), ShardOptions(IMAGE_SIZE, storage="jpeg")
+    splits = ("train", "train", "val", "train")
+    records = []
+    for i, record in enumerate(tiny.records()):
+        own = [record.refs[n % len(record.refs)] for n in range(i % 9)]
+        records.append(replace(record, refs=tuple(replace(ref, split=splits[n % 4]) for n, ref in enumerate(own))))
+    bare = [replace(record, refs=()) for record in records[:3]]
+    missing = [replace(records[0], file_name="nowhere.jpg")]
+    parts = [records[:9], bare, records[9:20], missing, records[20:21], records[21:]]
+    entries = [write_shard(folder / f"{i}.arrow", part, tiny.raw, options) for i, part in enumerate(parts)]
+    write_manifest(folder, DATASET, options, entries)
+    return ShardStore(folder)
+
+
+def plainly(store: ShardStore, split: str, plan: BatchPlan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Groups and uniform numbers of an epoch as one would write them down, image by image."""
+    rows = [(image, ref["split"]) for image in range(len(store)) for ref in store.row(image)["refs"]]
+    random = np.random.default_rng([plan.seed, epoch])
+    drawn = random.permutation(np.array([number for number, (_, of) in enumerate(rows) if of == split]))
+    k = plan.expressions_per_image
+    if k == 1:
+        groups = drawn[:, None]
+    else:
+        members: dict[int, list[int]] = {}
+        for number in drawn.tolist():
+            members.setdefault(rows[number][0], []).append(number)
+        taken = [np.resize(members[image], -(-len(members[image]) // k) * k) for image in sorted(members)]
+        groups = random.permutation(np.concatenate([each.reshape(-1, k) for each in taken]))
+    return groups, random.random(groups.shape)
+
+
+def plain_batches(store: ShardStore, split: str, plan: BatchPlan, epoch: int) -> list[Batch]:
+    """The whole batches of an epoch, of `plainly`'s groups."""
+    places = [(image, ref) for image in range(len(store)) for ref in store.row(image)["refs"]]
+    groups, uniform = plainly(store, split, plan, epoch)
+    found = []
+    for start in range(0, len(groups) - plan.batch_images + 1, plan.batch_images):
+        images, index, texts, targets = [], [], [], []
+        for n, group in enumerate(groups[start : start + plan.batch_images]):
+            images.append(store.pixels(places[group[0]][0]).transpose(2, 0, 1))
+            for member, number in zip(group, uniform[start + n], strict=True):
+                image, ref = places[member]
+                texts.append(ref["sentences"][int(number * len(ref["sentences"]))]["sent"])
+                targets.append(letterbox_mask(store.mask(image, ref["ann_id"]), IMAGE_SIZE)[None, ::4, ::4])
+                index.append(n)
+        arrays = {"image": np.stack(images), "image_index": np.array(index), "target": np.stack(targets)}
+        found.append({name: torch.from_numpy(a) for name, a in arrays.items()} | {"tokens": tokens_of(texts)})
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 20])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_groups_and_choices_are_those_of_a_plain_implementation(split: str, k: int, uneven: ShardStore) -> None:
+    counts = Counter(uneven.ref_image[uneven.refs_of(split)].tolist()).values()
+    assert {1, max(counts)} <= set(counts)
+    for seed in (0, 1, 2**40):
+        plan = BatchPlan(1, k, seed)
+        made = TrainingBatches(uneven, split, plan, tokens_of)
+        for epoch in (0, 1, 2, 49):
+            groups, uniform = plainly(uneven, split, plan, epoch)
+            made.set_epoch(epoch)
+            assert len(made) == len(groups)
+            assert made.groups.tolist() == groups.tolist()
+            assert made.choice(0, len(groups)).tobytes() == uniform.tobytes()
+            for first in range(0, len(groups), 3):  # entered anywhere, in any order
+                assert made.choice(first, first + 3).tolist()[: len(groups) - first] == uniform[first:][:3].tolist()
+
+
+@pytest.mark.parametrize(("images", "k"), [(5, 1), (4, 2), (3, 4)])
+def test_batches_are_those_of_a_plain_implementation(images: int, k: int, uneven: ShardStore) -> None:
+    made = batches(uneven, images=images, k=k, seed=3)
+    for epoch in (0, 5):
+        wanted = plain_batches(uneven, "train", made.plan, epoch)
+        assert len(wanted) > 2
+        assert same(epoch_of(made, epoch), wanted)
+
+
+def test_the_index_of_referents_agrees_with_the_rows(store: ShardStore, uneven: ShardStore) -> None:
+    for each in (store, uneven):
+        expected = [
+            (image, position, ref["split"])
+            for image in range(len(each))
+            for position, ref in enumerate(each.row(image)["refs"])
+        ]
+        splits = [each.splits[number] for number in each.ref_split]
+        assert list(zip(each.ref_image.tolist(), each.ref_position.tolist(), splits, strict=True)) == expected
+        assert len(each) == each.manifest["images"]
+
+
+def test_the_index_is_a_few_bytes_a_referent(store: ShardStore) -> None:
+    for column in (store.ref_image, store.ref_position, store.ref_split):
+        assert column.dtype == np.uint8  # of 38 images; four bytes for the image where there are millions
+
+
+def test_more_shards_than_are_kept_open_give_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ris_core.data.dataset.OPEN_SHARDS", 1)
+    few, many = ShardStore(tiny.shards), tiny.store()
+    order = np.random.default_rng(0).permutation(len(many)).tolist()
+    seen = [few.pixels(image) for image in order]  # views outlive the shard that was closed
+    assert few._shard.cache_info().currsize == 1
+    assert all((pixels == many.pixels(image)).all() for pixels, image in zip(seen, order, strict=True))
+    assert [few.row(image) for image in order] == [many.row(image) for image in order]
+    assert few.places() == many.places()
 
 
 def test_targets_follow_the_shards_resampling(tiny: Tiny, tmp_path: Path) -> None:

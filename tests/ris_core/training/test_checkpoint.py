@@ -1,214 +1,575 @@
-"""A checkpoint comes back as it was, is replaced whole or not at all, and says what is wrong with it."""
+"""A checkpoint comes back as it was, on a disk and in a bucket alike; a damaged one is found, told, and passed over."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
+import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
 
-from ris_core import files
-from ris_core.errors import WeightsError
+from ris_core.errors import ClusterError, WeightsError
+from ris_core.storage import Storage
 from ris_core.training import checkpoint as checkpoints
-from ris_core.training.checkpoint import Checkpoint, Position
+from ris_core.training.checkpoint import KEPT, Checkpoint, Checkpoints, Position, changing, completed
+
+FILES = ["average.safetensors", "best.safetensors", "last.safetensors", "optimizer.pt", "state.json"]
 
 
-def example(value: float = 1.0, best: bool = True) -> Checkpoint:
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty one of each kind."""
+    if request.param == "folder":
+        return Storage(tmp_path / "run")
+    return Storage(request.getfixturevalue("new_bucket")())
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "run")
+
+
+def example(step: int = 5, value: float = 1.0) -> Checkpoint:
     """Weights in an odd memory layout, and a real optimiser's state."""
-    weight = torch.nn.Parameter(torch.full((2, 3, 2, 2), value).to(memory_format=torch.channels_last))
+    weight = nn.Parameter(torch.full((2, 3, 2, 2), value).to(memory_format=torch.channels_last))
     optimizer = torch.optim.AdamW([{"name": "head", "params": [weight], "initial_lr": 0.1}], lr=0.1)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    model = {"weight": weight.detach(), "count": torch.tensor(7)}
+    kept = checkpoints.cpu_copy({"weight": weight, "count": torch.tensor(7)})
     history = [{"epoch": 1, "train/loss": 0.1 + 0.2, "val/mIoU": 1 / 3}]
+    points = [{"step": 20, "train/loss": 0.1, "lr": 1e-3}, {"step": 40, "train/loss": 2.0}]
     return Checkpoint(
-        Position(epoch=1, step=5, loss_sum=1 / 3, best_score=1 / 3, best_epoch=1, history=history),
-        model,
-        {"optimizer": optimizer.state_dict(), "scaler": {}},
-        {"weight": weight.detach() * 2} if best else None,
+        Position(epoch=1, step=step, loss_sum=1 / 3, best_score=1 / 3, best_epoch=1, history=history, points=points),
+        kept,
+        {"optimizer": optimizer.state_dict(), "scaler": {}, "averaged": 5},
+        average={**kept, "weight": kept["weight"] * 2},
+        best={**kept, "weight": kept["weight"] * 3},
     )
 
 
-def test_round_trip_is_exact(tmp_path: Path) -> None:
-    saved = example()
-    checkpoints.save(tmp_path / "checkpoint", saved)
-    found = checkpoints.load(tmp_path / "checkpoint")
+def same(first: dict[str, torch.Tensor] | None, second: dict[str, torch.Tensor] | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    assert first.keys() == second.keys() != set()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def assert_same(found: Checkpoint | None, saved: Checkpoint) -> None:
+    assert found is not None
     assert found.position == saved.position
-    for mine, theirs in ((saved.model, found.model), (saved.best, found.best)):
-        assert mine is not None
-        assert theirs is not None
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert same(found.model, saved.model)
+    assert same(found.average, saved.average)
+    assert same(found.best, saved.best)
     state, original = found.optimizer["optimizer"], saved.optimizer["optimizer"]
     assert state["param_groups"] == original["param_groups"]
     assert all(torch.equal(state["state"][0][name], original["state"][0][name]) for name in original["state"][0])
+    assert found.optimizer["averaged"] == saved.optimizer["averaged"]
 
 
-def test_before_the_first_validation_there_is_no_best(tmp_path: Path) -> None:
-    first = example(best=False)
-    first.position = Position(epoch=0, step=3)
-    checkpoints.save(tmp_path / "checkpoint", first)
-    found = checkpoints.load(tmp_path / "checkpoint")
-    assert found.best is None
-    assert found.position == Position(epoch=0, step=3)
+def saved(storage: Storage, *steps: int) -> Checkpoints:
+    """Who has just written these, the weights of each with its step as value."""
+    found = Checkpoints(storage)
+    for step in steps:
+        found.save(example(step, float(step)))
+    return found
+
+
+def rewrite(storage: Storage, name: str, content: bytes) -> None:
+    """Put another file in a checkpoint as if it had been written so: with its checksum, and the state sealed again."""
+    checkpoint, _, file = name.partition("/")
+    storage.write(name, content)
+    reseal(storage, checkpoint, lambda state: state["files"].update({file: [file, digest(content)]}))
+
+
+def reseal(storage: Storage, checkpoint: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what state.json holds, with a checksum that fits."""
+    state = json.loads(storage.read(f"{checkpoint}/state.json"))
+    del state["sha256"]
+    change(state)
+    sealed = {**state, "sha256": digest(json.dumps(state, sort_keys=True).encode())}
+    storage.write(f"{checkpoint}/state.json", json.dumps(sealed).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# There and back
+
+
+def test_round_trip_is_exact(storage: Storage) -> None:
+    before = example()
+    Checkpoints(storage).save(before)
+    assert_same(Checkpoints(storage).load(), before)
+    assert Checkpoints(storage).position() == before.position
+
+
+def test_before_the_first_validation_there_is_no_best(storage: Storage) -> None:
+    first = example()
+    first.position, first.average, first.best = Position(epoch=0, step=3), None, None
+    Checkpoints(storage).save(first)
+    found = Checkpoints(storage).load()
+    assert_same(found, first)
+    assert found is not None
     assert found.position.best_score == -math.inf
+    assert storage.names() == [f"00000-0000003/{name}" for name in FILES[2:]]
 
 
-def test_the_files_are_standard_ones(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path / "checkpoint", example())
-    folder = tmp_path / "checkpoint"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "best.safetensors",
-        "last.safetensors",
-        "optimizer.pt",
-        "state.json",
-    ]
+def test_the_files_are_standard_ones(local: Storage) -> None:
+    saved(local, 5)
+    assert local.folder is not None
+    folder = local.folder / "00001-0000005"
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     assert set(load_file(folder / "last.safetensors")) == {"weight", "count"}
     assert "optimizer" in torch.load(folder / "optimizer.pt", weights_only=True)
-    assert json.loads((folder / "state.json").read_text())["format"] == 1
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["format"], state["epoch"], state["step"]) == (2, 1, 5)
+    assert state["files"] == {name: [name, digest((folder / name).read_bytes())] for name in FILES[:-1]}
 
 
-def test_saving_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    for value in (1.0, 2.0):
-        checkpoints.save(folder, example(value))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert torch.equal(checkpoints.load(folder).model["weight"], example(2.0).model["weight"])
+@pytest.mark.parametrize("twin", ["average", "model"])
+def test_the_same_weights_are_stored_once(twin: str, storage: Storage) -> None:
+    """After an epoch with the best score so far, the average, or without one the weights, are the best."""
+    before = example()
+    before.best = dict(getattr(before, twin))
+    Checkpoints(storage).save(before)
+    assert storage.names() == [f"00001-0000005/{name}" for name in FILES if name != "best.safetensors"]
+    assert_same(Checkpoints(storage).load(), before)
+    stored = "00001-0000005/last.safetensors" if twin == "model" else "00001-0000005/average.safetensors"
+    storage.write(stored, storage.read(stored)[:-1])
+    with pytest.raises(WeightsError, match="is damaged"):
+        Checkpoints(storage).read("00001-0000005")
+
+
+def test_nothing_saved_yet(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    found = Checkpoints(storage)
+    assert (found.names(), found.load(), found.position()) == ([], None, None)
+    assert capsys.readouterr().err == "", "that is nothing to warn of"
+
+
+# What is kept
+
+
+def test_the_newest_are_kept_by_their_place_in_training(storage: Storage) -> None:
+    writer = Checkpoints(storage)
+    left = []
+    for epoch, step in ((0, 900), (0, 10_000), (9, 999_999), (10, 0), (10, 5)):
+        checkpoint = example()
+        checkpoint.position.epoch, checkpoint.position.step = epoch, step
+        writer.save(checkpoint)
+        left.append(writer.names())
+        assert storage.folders() == left[-1]
+    assert KEPT == 2
+    assert left == [
+        ["00000-0000900"],
+        ["00000-0000900", "00000-0010000"],
+        ["00000-0010000", "00009-0999999"],
+        ["00009-0999999", "00010-0000000"],
+        ["00010-0000000", "00010-0000005"],
+    ]
+    found = Checkpoints(storage).load()
+    assert found is not None
+    assert (found.position.epoch, found.position.step) == (10, 5)
+
+
+def test_saved_again_it_is_the_newer_one(storage: Storage) -> None:
+    saved(storage, 3, 5)
+    Checkpoints(storage).save(example(5, 50.0))
+    assert Checkpoints(storage).names() == ["00001-0000003", "00001-0000005"]
+    assert_same(Checkpoints(storage).load(), example(5, 50.0))
+
+
+def test_what_else_lies_there_is_left_alone(storage: Storage) -> None:
+    for name in ("notes.txt", "model/state.json", "2024-11/state.json", "00001-0000001-mine/state.json"):
+        storage.write(name, b"mine")
+    saved(storage, 1, 2, 3)
+    assert Checkpoints(storage).names() == ["00001-0000002", "00001-0000003"]
+    assert_same(Checkpoints(storage).load(), example(3, 3.0))
+    found = [name for name in storage.names() if storage.read(name) == b"mine"]
+    assert found == ["00001-0000001-mine/state.json", "2024-11/state.json", "model/state.json", "notes.txt"]
+
+
+# Interrupted
 
 
 class Stopped(Exception):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("moment", ["while writing", "before the old one is moved", "before the new one is moved"])
-def test_a_save_that_is_stopped_loses_nothing(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example(1.0))
-    moves = 0
+def break_writing(monkeypatch: pytest.MonkeyPatch, after: int, error: Exception) -> None:
+    """Let only so many more files be written."""
+    write, left = Storage.write, after
 
-    def move(source: Path, target: Path, real=files.os.replace) -> None:  # type: ignore[no-untyped-def]
-        nonlocal moves
-        moves += 1
-        if moves == {"before the old one is moved": 1, "before the new one is moved": 2}[moment]:
-            raise Stopped
-        real(source, target)
+    def limited(self: Storage, name: str, content: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+        write(self, name, content)
 
-    def fail(*_: object) -> None:
-        raise Stopped
+    monkeypatch.setattr(Storage, "write", limited)
 
+
+def test_a_save_that_is_stopped_loses_nothing(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any of its files, and time after time."""
+    saved(storage, 1)
+    for after in range(len(FILES)):
+        with monkeypatch.context() as patched:
+            break_writing(patched, after, Stopped())
+            with pytest.raises(Stopped):
+                Checkpoints(storage).save(example(2 + after))
+        assert Checkpoints(storage).names() == ["00001-0000001"]
+        assert Checkpoints(storage).position() == example(1).position
+        assert_same(Checkpoints(storage).load(), example(1, 1.0))
+    saved(storage, 9)
+    assert storage.names() == [f"00001-000000{step}/{name}" for step in (1, 9) for name in FILES]
+    assert_same(Checkpoints(storage).load(), example(9, 9.0))
+
+
+@pytest.mark.parametrize("left", ["last.safetensors", ".last.partial-1-aaaa.safetensors", None])
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_next_save_cleans_up_after_a_killed_one(step: int, left: str | None, local: Storage) -> None:
+    """Also a file that has no name yet, or nothing but the folder; also of a checkpoint that is written again."""
+    saved(local, 1)
+    assert local.folder is not None
+    half = local.folder / f"00001-000000{step}"
+    half.mkdir()
+    if left is not None:
+        (half / left).write_bytes(b"half")
+    assert_same(Checkpoints(local).load(), example(1, 1.0))
+    saved(local, 4)
+    assert local.folders() == ["00001-0000001", "00001-0000004"]
+    assert sorted(path.name for path in (local.folder / "00001-0000004").iterdir()) == FILES
+    assert_same(Checkpoints(local).load(), example(4, 4.0))
+
+
+@pytest.mark.parametrize("older", [0, 1, 2])
+def test_a_save_that_fails_keeps_the_older_ones_and_no_half(
+    older: int, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = saved(storage, *range(1, 1 + older))
+    goes_on = f"the next start goes on from 00001-000000{older}" if older else "the next start begins afresh"
+    for after in range(len(FILES)):
+        with monkeypatch.context() as patched:
+            break_writing(patched, after, ClusterError("best.safetensors could not be written: make room"))
+            with pytest.raises(ClusterError) as caught:
+                writer.save(example(9))
+        assert str(caught.value) == (
+            f"no checkpoint could be written: best.safetensors could not be written: make room; {goes_on}"
+        )
+        assert storage.folders() == ([f"00001-000000{older}"] if older else [])
+    if older:
+        assert_same(Checkpoints(storage).load(), example(older, float(older)))
+    writer.save(example(9, 9.0))
+    assert_same(Checkpoints(storage).load(), example(9, 9.0))
+
+
+def test_a_storage_that_is_gone_does_not_hide_what_happened_first(
+    local: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = saved(local, 1)
+
+    def gone(*_: object) -> None:
+        raise ClusterError("it cannot be removed either")
+
+    break_writing(monkeypatch, 1, ClusterError("the cable is out"))
+    monkeypatch.setattr(Storage, "delete_folder", gone)
+    with pytest.raises(ClusterError) as caught:
+        writer.save(example(2))
+    assert str(caught.value) == (
+        "no checkpoint could be written: the cable is out; the next start goes on from the newest one that is whole"
+    )
+    assert_same(Checkpoints(local).load(), example(1, 1.0))
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(
+        ClusterError, match=r"^no checkpoint could be written: .* at .*/run \(.+\): .*, then start again"
+    ):
+        Checkpoints(Storage(tmp_path / "run")).save(example())
+
+
+# Beside the training
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, may_write = Storage.write, threading.Event()
+
+    def slow(self: Storage, name: str, content: bytes) -> None:
+        assert may_write.wait(30)
+        write(self, name, content)
+
+    monkeypatch.setattr(Storage, "write", slow)
+    writer = Checkpoints(storage)
+    writer.save_beside(example(1, 1.0))  # comes back, though nothing can be written yet
+    assert Checkpoints(storage).names() == []
+    threading.Timer(0.2, may_write.set).start()
+    writer.save_beside(example(2, 2.0))
+    assert may_write.is_set(), "it waited"
+    assert "00001-0000001" in Checkpoints(storage).names()
+    writer.wait()
+    writer.wait()
+    assert Checkpoints(storage).names() == ["00001-0000001", "00001-0000002"]
+    assert_same(Checkpoints(storage).load(), example(2, 2.0))
+
+
+def test_a_failure_is_told_at_the_next_call(local: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = saved(local, 1)
+    problem = "no checkpoint could be written: the disk is full; the next start goes on from 00001-0000001"
     with monkeypatch.context() as patched:
-        if moment == "while writing":
-            patched.setattr(checkpoints.torch, "save", fail)
-        else:
-            patched.setattr(files.os, "replace", move)
-        with pytest.raises(Stopped):
-            checkpoints.save(folder, example(2.0))
-    assert checkpoints.exists(folder)
-    assert torch.equal(checkpoints.load(folder).model["weight"], example(1.0).model["weight"])
-    checkpoints.save(folder, example(3.0))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert torch.equal(checkpoints.load(folder).model["weight"], example(3.0).model["weight"])
+        break_writing(patched, 0, ClusterError("the disk is full"))
+        writer.save_beside(example(2))
+        with pytest.raises(ClusterError, match=problem):
+            writer.save_beside(example(3))
+        writer.wait()  # it is told once, and the other was not begun
+        writer.save_beside(example(3))
+        with pytest.raises(ClusterError, match=problem):
+            writer.wait()
+    writer.save_beside(example(4, 4.0))
+    writer.wait()
+    assert_same(Checkpoints(local).load(), example(4, 4.0))
 
 
-def test_stopped_twice_it_still_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left after a first stop, under its `.old` name, is all there is: a second save must not touch it."""
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example(1.0))
-    folder.rename(tmp_path / "checkpoint.old")
-
-    def fail(source: Path, target: Path) -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files.os, "replace", fail)
-        with pytest.raises(Stopped):
-            checkpoints.save(folder, example(2.0))
-    assert torch.equal(checkpoints.load(folder).model["weight"], example(1.0).model["weight"])
+# Damaged
 
 
-def test_nothing_saved_yet(tmp_path: Path) -> None:
-    assert not checkpoints.exists(tmp_path / "checkpoint")
+def altered(content: bytes) -> bytes:
+    """One bit of one byte in the middle is another."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "optimizer.pt", "state.json"])
-def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    (folder / name).unlink()
-    with pytest.raises(WeightsError, match=f"checkpoint is not a whole checkpoint: {name} missing; delete it"):
-        checkpoints.load(folder)
-
-
-@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "optimizer.pt", "state.json"])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_damaged_file_is_an_error_with_a_remedy(name: str, share: float, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(WeightsError, match=r"checkpoint is damaged \(.+\); delete it to start afresh"):
-        checkpoints.load(folder)
-
-
-NAMES = ["last.safetensors", "best.safetensors", "optimizer.pt", "state.json"]
-DAMAGES: dict[str, tuple[bytes, str]] = {
-    "zeros": (bytes(500), "begins with zeros|no JSON at all"),
-    "text": (b"access denied", "text, not weights: it begins 'access denied'|no JSON at all"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
-    "pickle": (b"\x80\x02}q\x00.", "a pickle that torch.save did not write|no JSON at all"),
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "altered": altered,
+    "cut": lambda content: content[:-1],
+    "halved": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "longer": lambda content: content + b"\n",
+    "deleted": lambda content: None,
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_another_file_in_place_of_one_is_told_as_what_it_is(name: str, damage: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    content, what = DAMAGES[damage]
-    (folder / name).write_bytes(content)
+def damage(storage: Storage, name: str, how: str) -> None:
+    content = DAMAGES[how](storage.read(name))
+    if content is None:
+        storage.delete(name)
+    else:
+        storage.write(name, content)
+
+
+@pytest.mark.parametrize("how", ["altered", "cut", "deleted"])
+def test_of_a_damaged_one_the_one_before_is_taken(
+    how: str, storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of its files it is."""
+    saved(storage, 1, 2)
+    for file in FILES:
+        content = storage.read(f"00001-0000002/{file}")
+        damage(storage, f"00001-0000002/{file}", how)
+        assert_same(Checkpoints(storage).load(), example(1, 1.0))
+        said = capsys.readouterr().err
+        if (file, how) == ("state.json", "deleted"):
+            assert said == "", "it was never finished"
+        else:
+            problem = rf"warning: the checkpoint {re.escape(storage.place)}/00001-0000002 is (damaged|not whole) \(.+\)"
+            assert re.fullmatch(rf"{problem}; going on from 00001-0000001\n", said)
+            assert file in said
+        storage.write(f"00001-0000002/{file}", content)
+    assert_same(Checkpoints(storage).load(), example(2, 2.0))
+
+
+def test_a_damaged_one_does_not_count_as_one_to_fall_back_on(storage: Storage) -> None:
+    saved(storage, 1, 2)
+    damage(storage, "00001-0000002/last.safetensors", "altered")
+    found = Checkpoints(storage)
+    found.load()
+    found.save(example(3, 3.0))
+    assert found.names() == storage.folders() == ["00001-0000001", "00001-0000003"]
+
+
+@pytest.mark.parametrize("file", FILES[:-1])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_named(how: str, file: str, local: Storage) -> None:
+    found = saved(local, 5)
+    damage(local, f"00001-0000005/{file}", how)
+    what = "is missing" if how == "deleted" else "is not as it was written: other bytes, or cut"
     with pytest.raises(
-        WeightsError, match=rf"checkpoint is damaged \({name} .*({what}).*\); delete it to start afresh$"
+        WeightsError, match=rf"^the checkpoint {local.place}/00001-0000005 is damaged \({file} {what}\)$"
     ):
-        checkpoints.load(folder)
+        found.read("00001-0000005")
+    assert found.position() == example().position, "where it stands is still known"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_folder_in_place_of_a_file(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    (folder / name).unlink()
-    (folder / name).mkdir()
-    with pytest.raises(WeightsError, match=rf"checkpoint is damaged \({name} is a folder\); delete it to start afresh"):
-        checkpoints.load(folder)
+def test_a_file_that_is_gone_from_a_bucket_is_named(new_bucket: Callable[[], str]) -> None:
+    storage = Storage(new_bucket())
+    found = saved(storage, 5)
+    storage.delete("00001-0000005/best.safetensors")
+    with pytest.raises(WeightsError, match=r"00001-0000005 is not whole \(.*best\.safetensors"):
+        found.read("00001-0000005")
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors"])
-def test_weights_that_are_not_finite_are_refused(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    save_file({"weight": torch.tensor([1.0, math.nan])}, folder / name)
+def test_when_all_are_damaged_training_begins_afresh_loudly(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(storage, 1, 2)
+    damage(storage, "00001-0000001/optimizer.pt", "altered")
+    damage(storage, "00001-0000002/last.safetensors", "deleted")
+    found = Checkpoints(storage)
+    assert found.load() is None
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("; ")[-1] for line in lines] == [
+        "going on from 00001-0000001",
+        "no whole one is left: starting afresh",
+    ]
+    assert all(line.startswith("warning: the checkpoint ") for line in lines)
+    found.save(example(1, 7.0))
+    assert storage.folders() == found.names() == ["00001-0000001"]
+    assert_same(Checkpoints(storage).load(), example(1, 7.0))
+
+
+def test_one_process_speaks(local: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(local, 1, 2)
+    damage(local, "00001-0000002/last.safetensors", "cut")
+    assert_same(Checkpoints(local).load(tell=False), example(1, 1.0))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_one_is_written_again_in_its_place(storage: Storage) -> None:
+    saved(storage, 1, 2)
+    damage(storage, "00001-0000002/last.safetensors", "altered")
+    found = Checkpoints(storage)
+    assert_same(found.load(), example(1, 1.0))
+    found.save(example(2, 2.0))
+    assert found.names() == ["00001-0000001", "00001-0000002"]
+    assert_same(Checkpoints(storage).load(), example(2, 2.0))
+
+
+def test_an_altered_state_is_found(storage: Storage) -> None:
+    found = saved(storage, 1, 5)
+    content = storage.read("00001-0000005/state.json")
+    changes = {
+        b'"step": 5': b'"step": 4',
+        b'"epoch": 1': b'"epoch": 2',
+        b'"best_epoch": 1': b'"best_epoch": 0',
+        b'"step": 20': b'"step": 21',
+        b'"format": 2': b'"format": 3',
+        b'"files"': b'"filet"',
+        b'"sha256": "': b'"sha256": "0',
+        b'"sha256"': b'"sha255"',
+    }
+    for before, after in changes.items():
+        assert before in content
+        storage.write("00001-0000005/state.json", content.replace(before, after, 1))
+        with pytest.raises(
+            WeightsError, match=r"is damaged \(state\.json: (it is not as it was written|another format)"
+        ):
+            found.read("00001-0000005")
+        assert found.position() == example(1).position
+    assert_same(found.load(), example(1, 1.0))
+
+
+def test_spaces_in_a_state_do_not_matter(local: Storage) -> None:
+    """Who has looked at it in an editor that laid it out anew has not damaged it."""
+    saved(local, 5)
+    content = json.loads(local.read("00001-0000005/state.json"))
+    local.write("00001-0000005/state.json", json.dumps(content, sort_keys=True).encode())
+    assert_same(Checkpoints(local).load(), example(5, 5.0))
+
+
+OTHERS: dict[str, tuple[bytes, str]] = {
+    "zeros": (bytes(500), "no JSON at all"),
+    "text": (b"access denied", "no JSON at all"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+    "pickle": (b"\x80\x02}q\x00.", "no JSON at all"),
+    "list": (b"[]", "it holds a list"),
+    "null": (b"null", "it holds a NoneType"),
+    "number": (b"3", "it holds a int"),
+    "nothing": (b"{}", "another format than 2"),
+    "old": (b'{"format": 1, "epoch": 1}', "another format than 2"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_file_in_place_of_the_state_is_told_as_what_it_is(other: str, local: Storage) -> None:
+    found = saved(local, 5)
+    content, what = OTHERS[other]
+    local.write("00001-0000005/state.json", content)
+    with pytest.raises(WeightsError, match=rf"00001-0000005 is damaged \(state\.json.*{what}.*\)$"):
+        found.read("00001-0000005")
+    assert found.position() is None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_folder_in_place_of_a_file(file: str, local: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    found = saved(local, 1, 5)
+    assert local.folder is not None
+    place = local.folder / "00001-0000005" / file
+    place.unlink()
+    place.mkdir()
+    if file != "state.json":  # else it was never finished
+        with pytest.raises(WeightsError, match=rf"is damaged \({file} is a folder\)$"):
+            found.read("00001-0000005")
+    assert_same(found.load(), example(1, 1.0))
+    found.save(example(5, 5.0))
+    assert_same(Checkpoints(local).load(), example(5, 5.0))
+
+
+def test_a_bucket_that_does_not_answer_is_no_damage(local: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is passed over, and nothing written over, that might be whole."""
+    saved(local, 1, 2)
+
+    def away(*_: object) -> None:
+        raise ClusterError("it could not be read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "local", away)
+        for look in (Checkpoints(local).load, Checkpoints(local).position):
+            with pytest.raises(ClusterError, match="it could not be read"):
+                look()
+    assert_same(Checkpoints(local).load(), example(2, 2.0))
+
+
+# Written whole, but wrong
+
+
+@pytest.mark.parametrize("kind", ["model", "average", "best"])
+def test_weights_that_are_not_finite_are_refused(kind: str, local: Storage) -> None:
+    found = saved(local, 1)
+    wrong = example(5)
+    setattr(wrong, kind, {"weight": torch.tensor([1.0, math.nan])})
+    found.save(wrong)
+    file = "last" if kind == "model" else kind
     problem = "weight is not finite in 1 of 2 values"
-    with pytest.raises(
-        WeightsError, match=rf"damaged \({name} holds weights .*: {problem}\); delete it to start afresh"
-    ):
-        checkpoints.load(folder)
+    with pytest.raises(WeightsError, match=rf"damaged \({file}\.safetensors holds weights .*: {problem}\)$"):
+        found.read("00001-0000005")
+    assert_same(found.load(), example(1, 1.0))
 
 
-def test_the_best_weights_must_be_there_once_there_were_some(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    (folder / "best.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"damaged \(best\.safetensors is missing\); delete it to start afresh"):
-        checkpoints.load(folder)
+@pytest.mark.parametrize("wrong", ["no best", "an early best"])
+def test_the_best_weights_are_there_once_there_were_some(wrong: str, local: Storage) -> None:
+    checkpoint = example()
+    if wrong == "no best":
+        checkpoint.best = None
+    else:
+        checkpoint.position = Position(epoch=0, step=5)
+    Checkpoints(local).save(checkpoint)
+    with pytest.raises(WeightsError, match=r"damaged \(state\.json: files do not go with the position\)$"):
+        Checkpoints(local).read(checkpoint.position.name)
 
 
 ROW = {"epoch": 1, "val/mIoU": 0.5}
+ROWS = "history, points: expected lists of rows, each of names and numbers"
 
 
 @pytest.mark.parametrize(
@@ -224,45 +585,38 @@ ROW = {"epoch": 1, "val/mIoU": 0.5}
         ({"best_score": "${oc.env:HOME}"}, "is not used here"),
         ({"best_epoch": 2}, "best_epoch is 2, but history has 1 epochs"),
         ({"best_epoch": -2}, "best_epoch: -2 is below the minimum -1"),
-        ({"history": None}, "history: expected a list of epochs"),
-        ({"history": {}}, "history: expected a list of epochs"),
-        ({"history": [1]}, "history: expected a list of epochs"),
-        ({"history": [{"epoch": "1"}]}, "history: expected a list of epochs"),
-        ({"history": [{"epoch": None}]}, "history: expected a list of epochs"),
+        ({"history": None}, ROWS),
+        ({"history": {}}, ROWS),
+        ({"history": [1]}, ROWS),
+        ({"history": [{"epoch": "1"}]}, ROWS),
+        ({"history": [{"epoch": None}]}, ROWS),
         ({"history": [ROW, {"epoch": 2}]}, "history: epochs have different names"),
+        ({"points": None}, ROWS),
+        ({"points": [{"step": "20"}]}, ROWS),
+        ({"points": ["20"]}, ROWS),
         ({"foo": 2}, "foo: unknown parameter"),
+        ({"files": None}, "files missing, or not a name and a checksum each"),
+        ({"files": {"optimizer.pt": "optimizer.pt"}}, "files missing, or not a name and a checksum each"),
+        ({"files": {"optimizer.pt": ["optimizer.pt", 1]}}, "files missing, or not a name and a checksum each"),
+        ({"files": {}}, r"files: last\.safetensors, optimizer\.pt missing"),
     ],
 )
-def test_a_changed_state_is_told(change: dict[str, object], problem: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, **change}))
-    with pytest.raises(
-        WeightsError, match=rf"checkpoint is damaged \(state\.json: .*({problem}).*\); delete it to start"
-    ):
-        checkpoints.load(folder)
+def test_a_wrong_state_is_told(change: dict[str, object], problem: str, local: Storage) -> None:
+    found = saved(local, 5)
+    reseal(local, "00001-0000005", lambda state: state.update(change))
+    with pytest.raises(WeightsError, match=rf"00001-0000005 is damaged \(state\.json: .*({problem}).*\)$"):
+        found.read("00001-0000005")
+    assert found.position() is None
 
 
-def test_a_state_that_lacks_something(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    state = json.loads((folder / "state.json").read_text())
-    for name in set(state) - {"format"}:
-        (folder / "state.json").write_text(json.dumps({key: state[key] for key in state if key != name}))
-        with pytest.raises(
-            WeightsError, match=rf"is damaged \(state\.json: {name} missing\); delete it to start afresh"
-        ):
-            checkpoints.load(folder)
-    for content in ("[]", "null", "3", '"text"'):
-        (folder / "state.json").write_text(content)
-        with pytest.raises(
-            WeightsError, match=r"is damaged \(state\.json .* it holds a .*\); delete it to start afresh"
-        ):
-            checkpoints.load(folder)
-    (folder / "state.json").write_text('{"epoch": 1}')
-    with pytest.raises(WeightsError, match="has another format than 1; delete the checkpoint to start afresh"):
-        checkpoints.load(folder)
+def test_a_state_that_lacks_something(local: Storage) -> None:
+    found = saved(local, 5)
+    state = local.read("00001-0000005/state.json")
+    for name in set(json.loads(state)) - {"format", "sha256"}:
+        reseal(local, "00001-0000005", lambda state, name=name: state.pop(name))  # type: ignore[misc]
+        with pytest.raises(WeightsError, match=rf"is damaged \(state\.json: {name} missing(, or not .*)?\)$"):
+            found.read("00001-0000005")
+        local.write("00001-0000005/state.json", state)
 
 
 STATES: dict[str, object] = {"state": {}, "param_groups": []}
@@ -282,14 +636,37 @@ STATES: dict[str, object] = {"state": {}, "param_groups": []}
         ({"optimizer": {"state": [], "param_groups": {}}, "scaler": {}}, "lacks state of .*, param_groups of the"),
     ],
 )
-def test_an_optimizer_file_that_lacks_what_the_loop_needs(content: object, problem: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    torch.save(content, folder / "optimizer.pt")
-    with pytest.raises(
-        WeightsError, match=rf"checkpoint is damaged \(optimizer\.pt {problem}.*\); delete it to start afresh"
-    ):
-        checkpoints.load(folder)
+def test_an_optimizer_file_that_lacks_what_the_loop_needs(content: object, problem: str, local: Storage) -> None:
+    checkpoint = example()
+    checkpoint.optimizer = content  # type: ignore[assignment]
+    Checkpoints(local).save(checkpoint)
+    with pytest.raises(WeightsError, match=rf"is damaged \(optimizer\.pt {problem}.*\)$"):
+        Checkpoints(local).read("00001-0000005")
+
+
+@pytest.mark.parametrize("file", FILES[:-1])
+def test_files_of_another_kind_are_told_as_what_they_are(file: str, local: Storage) -> None:
+    """Though their checksums fit."""
+    found = saved(local, 5)
+    rewrite(local, f"00001-0000005/{file}", b"access denied")
+    with pytest.raises(WeightsError, match=rf"\({file} is text, not weights: it begins 'access denied'\)$"):
+        found.read("00001-0000005")
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_code_in_the_optimizer_file_is_not_run(sealed: bool, local: Storage, tmp_path: Path) -> None:
+    found = saved(local, 5)
+    trap = tmp_path / "trap"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return open, (str(trap), "w")
+
+    torch.save({"optimizer": Evil()}, tmp_path / "evil.pt")
+    (rewrite if sealed else Storage.write)(local, "00001-0000005/optimizer.pt", (tmp_path / "evil.pt").read_bytes())
+    with pytest.raises(WeightsError, match=r"is damaged \(optimizer\.pt (needs more than|is not as it was)"):
+        found.read("00001-0000005")
+    assert not trap.exists()
 
 
 # Giving the states back
@@ -300,11 +677,10 @@ class Run:
 
     def __init__(self, steps: int, width: int = 3, optimizer: type[torch.optim.Adam] = torch.optim.AdamW) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Linear(width, 2)
+        self.model = nn.Linear(width, 2)
         groups = [{"name": "head", "params": list(self.model.parameters()), "initial_lr": 0.1}]
         self.optimizer = optimizer(groups, lr=0.1)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.average = AveragedModel(self.model)
         for _ in range(steps):
             self.step()
 
@@ -312,25 +688,25 @@ class Run:
         self.optimizer.zero_grad()
         self.model(torch.ones(1, self.model.in_features)).sum().backward()
         self.optimizer.step()
-        self.average.update_parameters(self.model)
 
     def checkpoint(self) -> Checkpoint:
         states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        return Checkpoint(Position(), dict(self.model.state_dict()), {**states, "average": self.average.state_dict()})
+        return Checkpoint(Position(), dict(self.model.state_dict()), states)
 
     def restored(self, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(checkpoint.model)
-        checkpoint.restore(self.optimizer, self.scaler, self.average)
+        checkpoint.restore(self.optimizer, self.scaler)
         self.step()
 
 
-def test_restored_states_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_restored_states_go_on_as_if_nothing_had_happened(storage: Storage) -> None:
     first, second = Run(steps=3), Run(steps=0)
-    checkpoints.save(tmp_path / "checkpoint", first.checkpoint())
-    second.restored(checkpoints.load(tmp_path / "checkpoint"))
+    Checkpoints(storage).save(first.checkpoint())
+    found = Checkpoints(storage).load()
+    assert found is not None
+    second.restored(found)
     first.step()
     assert torch.equal(first.model.weight, second.model.weight)
-    assert torch.equal(first.average.module.weight, second.average.module.weight)  # type: ignore[arg-type]
     untouched = Run(steps=0)
     untouched.restored(Run(steps=0).checkpoint())  # no moments yet
 
@@ -351,10 +727,6 @@ def spoiled(*path: object, value: object = None) -> Checkpoint:
 @pytest.mark.parametrize(
     "checkpoint",
     [
-        spoiled("average"),
-        spoiled("average", value=[]),
-        spoiled("average", "module.weight"),
-        spoiled("average", "module.weight", value=torch.ones(7)),
         spoiled("optimizer", "param_groups", value=[]),
         spoiled("optimizer", "param_groups", value=[1]),
         spoiled("optimizer", "param_groups", 0, "params"),
@@ -380,37 +752,44 @@ def test_states_of_another_run_are_refused(checkpoint: Checkpoint) -> None:
         r"^optimizer\.pt in the checkpoint of this run does not fit its model and options \(.+\); delete the checkpoint"
     )
     with pytest.raises(WeightsError, match=problem):
-        checkpoint.restore(run.optimizer, run.scaler, run.average)
+        checkpoint.restore(run.optimizer, run.scaler)
 
 
-def test_code_in_the_optimizer_file_is_not_run(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    trap = tmp_path / "trap"
-
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str, str]]:
-            return open, (str(trap), "w")
-
-    torch.save({"optimizer": Evil()}, folder / "optimizer.pt")
-    with pytest.raises(WeightsError, match="is damaged"):
-        checkpoints.load(folder)
-    assert not trap.exists()
-
-
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    checkpoints.save(folder, example())
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "format": 2, "new": 1}))
-    with pytest.raises(WeightsError, match="has another format than 1; delete the checkpoint to start afresh"):
-        checkpoints.load(folder)
+# Copies, and which weights are in them
 
 
 def test_a_copy_is_safe_from_later_steps() -> None:
     weight = torch.zeros(2, requires_grad=True)
-    copy = checkpoints.cpu_copy({"weight": weight})
+    state = {"groups": [{"params": [0], "betas": (0.9, 0.999)}], "moments": {0: weight.detach()}, "steps": 3}
+    copied, whole = checkpoints.cpu_copy({"weight": weight}), checkpoints.plain_copy(state)
     with torch.no_grad():
         weight += 1
-    assert copy["weight"].tolist() == [0, 0]
-    assert not copy["weight"].requires_grad
+    state["groups"][0]["params"].append(1)  # type: ignore[index]
+    assert copied["weight"].tolist() == [0, 0]
+    assert not copied["weight"].requires_grad
+    assert whole["moments"][0].tolist() == [0, 0]
+    assert (whole["groups"], whole["steps"]) == ([{"params": [0], "betas": (0.9, 0.999)}], 3)
+
+
+def test_copies_are_laid_out_as_safetensors_wants_them() -> None:
+    weight = torch.rand(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    copied = checkpoints.cpu_copy({"weight": weight, "tied": weight})
+    assert safetensors_bytes(copied)
+    assert torch.equal(copied["weight"], weight)
+
+
+def test_frozen_weights_are_left_out_and_come_from_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[0].weight.requires_grad = False
+    model[2].weight = model[0].weight  # tied: a second name of what is frozen
+    changed = changing(model)
+    assert list(changed) == [
+        "0.bias",
+        *(f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+        "2.bias",
+    ]
+    assert changed["0.bias"].data_ptr() == model[0].bias.data_ptr()
+    whole = completed({name: torch.full_like(value, 9) for name, value in changed.items()}, model)
+    assert whole.keys() == model.state_dict().keys()
+    assert {name for name, value in whole.items() if not (value == 9).all()} == {"0.weight", "2.weight"}
+    assert torch.equal(whole["2.weight"], model[0].weight)
