@@ -69,7 +69,9 @@ def measure(name: str, device: str, threads: int) -> Found:
         model = chosen.build(device)
         tokenize = partial(model.tokenize, length=chosen.train.word_len)
         batches = TrainingBatches(store, SPLIT, plan, tokenize, model.stride)
-        trainer = Trainer(model, batches, lambda model: {}, chosen.train, LocalRuntime(Checkpoints(Storage(folder)), device))
+        trainer = Trainer(
+            model, batches, lambda model: {}, chosen.train, LocalRuntime(Checkpoints(Storage(folder)), device)
+        )
         batch = batches[0]
     on_device = {key: value.to(device) for key, value in batch.items()}
 

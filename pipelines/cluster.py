@@ -28,6 +28,7 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in a job of Ray's: its runtime environmen
 AT_ONCE = "RIS_AT_ONCE"  # how many stages share the cluster, where `pipelines.repro` runs several
 # What workers get of the environment of whoever drives them, beside `ENVIRONMENT`: where things are, and how to reach them.
 HANDED_ON = ("AWS_", "GLOO_", "HF_", "MLFLOW_", "NCCL_", "RIS_", "S3_", "TORCH_")
+OF_A_NODE = ("RIS_CACHE",)  # each has its own disk
 CODE = Path(ris_core.__file__).parent.parent
 
 
@@ -71,7 +72,11 @@ def connected(**init: Any) -> Iterator[None]:
 
 def handed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """Pick the variables that a worker must have as its driver has them."""
-    return {name: value for name, value in environment.items() if name in ENVIRONMENT or name.startswith(HANDED_ON)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in ENVIRONMENT or name.startswith(HANDED_ON)) and not name.startswith(OF_A_NODE)
+    }
 
 
 @contextmanager

@@ -36,9 +36,7 @@ class Journal:
         self._thread.join(LAST_WORDS)
 
     def _send(self) -> None:
-        from mlflow import MlflowException  # takes seconds, while the training begins
-
-        from pipelines import tracking
+        from pipelines import tracking  # takes seconds, while the training begins
 
         rows: list[dict[str, float]] = []
         there: tracking.Logged | None = None
@@ -55,7 +53,7 @@ class Journal:
                 there = tracking.logged(self.run_id) if there is None else there
                 tracking.log_points(self.run_id, rows, there)
                 rows, told = [], False
-            except (MlflowException, RISError, OSError) as error:
+            except (tracking.MlflowException, RISError, OSError) as error:
                 if not told:
                     reason = str(error).splitlines()[0]
                     print(f"metrics wait for the MLflow store, training goes on ({reason})", file=sys.stderr)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipelines import cluster, transport
 from pipelines.transport import Place, Road
-from ris_core import files
+from ris_core import errors, files
+from ris_core.errors import RISError
 from ris_core.options import Plain, digest
 from ris_core.storage import Storage
 
@@ -66,9 +67,14 @@ def _run(
     rows = cluster.data().from_items(items, override_num_blocks=len(items))
 
     def numbered(row: Row) -> Row:
-        return {"number": row["number"], **write({"task": row["task"]})}
+        try:
+            return {"number": row["number"], "error": "", **write({"task": row["task"]})}
+        except RISError as error:  # Ray would show it amidst tracebacks, and forget its kind
+            return {"number": row["number"], "error": type(error).__name__, "done": str(error)}
 
     for row in rows.map(numbered, num_gpus=gpus).iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["error"], RISError)(row["done"])
         yield int(row["number"]), json.loads(row["done"])
 
 

@@ -228,7 +228,7 @@ def _fetch(parcel: Parcel, tree: Path) -> None:
     shutil.rmtree(partial_tree, ignore_errors=True)
     content = partial_tree / "content"
     try:
-        content.mkdir(parents=True)
+        (partial_tree if "" in parcel.files else content).mkdir(parents=True)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda item: take(content / item[0], item[1][0], storage), parcel.files.items()))
         partial_tree.rename(tree)

@@ -57,8 +57,8 @@ class Storage:
         found.system, found.root = self.system, self._path(name)
         return found
 
-    def check(self) -> None:
-        """Write a small file and read it again. Raises ClusterError, saying what to do, where that fails."""
+    def check(self, setting: str = "RIS_STORAGE") -> None:
+        """Write a small file and read it again. Raises ClusterError where that fails, naming what `setting` to change."""
         name = f"{MARK}-{os.urandom(4).hex()}"
         try:
             self.write(name, b"here")
@@ -67,7 +67,7 @@ class Storage:
         except (OSError, ClusterError) as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             raise ClusterError(
-                f"the storage {self.place} cannot be written ({_reason(cause)}): make room, or set RIS_STORAGE to a "
+                f"the storage {self.place} cannot be written ({_reason(cause)}): make room, or set {setting} to a "
                 "folder or a bucket that exists and that you may write"
             ) from error
 

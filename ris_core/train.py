@@ -15,13 +15,15 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import ris_core
 from ris_core.config import load_params
 from ris_core.data.dataset import ShardStore
 from ris_core.data.shards import MANIFEST
-from ris_core.errors import ConfigError, RISError
+from ris_core.errors import ClusterError, ConfigError, RISError
 from ris_core.models.clip import read_clip_config
+from ris_core.models.contract import SystemConfig
 from ris_core.models.registry import ModelInfo, export_model
 from ris_core.options import digest
 from ris_core.storage import Storage
@@ -50,6 +52,7 @@ def main() -> None:
     manifest, clip = (arguments.shards / MANIFEST).read_bytes(), read_clip_config(arguments.clip)["weights_sha256"]
     decisive = [system, section.model, hashlib.sha256(manifest).hexdigest(), clip, library_digest()]
     checkpoints = Storage(out / "checkpoints")
+    checkpoints.check("--out")
     info = ModelInfo(store.image_size, store.resample, section.train.word_len)
     first = None
     if section.initialise is not None:
@@ -62,13 +65,24 @@ def main() -> None:
     start, folder = out / "start", out / "model"
     if runtime.rank == 0:
         weights = initial_model(section, system, arguments.clip, first, params.train.seed)
-        export_model(start, system, weights, section.model, arguments.clip, info)
+        export(start, system, weights, section.model, arguments.clip, info)
     runtime.wait()
     trainer = make_trainer(starting_model(section, system, start), section.train, store, runtime)
     weights = trained(trainer, name)
     if runtime.rank == 0:
-        export_model(folder, system, weights, section.model, arguments.clip, info)
+        export(folder, system, weights, section.model, arguments.clip, info)
         print(f"{folder}: best epoch {trainer.position.best_epoch}, val mIoU {trainer.position.best_score:.3f}")
+
+
+def export(
+    folder: Path, system: str, weights: dict[str, torch.Tensor], config: SystemConfig, clip: Path, info: ModelInfo
+) -> None:
+    """Write a model. Raises ClusterError if the disk does not take it."""
+    try:
+        export_model(folder, system, weights, config, clip, info)
+    except (OSError, SafetensorError) as error:
+        remedy = "make room, then start again: it goes on from the newest checkpoint"
+        raise ClusterError(f"{folder} could not be written ({error}): {remedy}") from error
 
 
 def trained(trainer: Trainer, name: str) -> dict[str, torch.Tensor]:

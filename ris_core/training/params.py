@@ -46,7 +46,7 @@ class TrainParams:
     compile: bool = False
     loss: LossParams = field(default_factory=LossParams)
     loader_workers: int = option(0, minimum=0, decides=False)
-    micro_batch_images: int | None = option(None, minimum=1, decides=False)
+    micro_batch_images: int | None = option(None, minimum=1)
     checkpoint_every_steps: int | None = option(200, minimum=1, decides=False)  # and after each epoch
     keep: str = option("best", choices=("best", "last"))  # the epoch whose weights are kept; best by validation mIoU
     validate_split: str = "val"

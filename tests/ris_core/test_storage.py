@@ -267,6 +267,12 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_the_setting_to_change_is_named_as_the_user_knows_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with told(str(tmp_path / "file"), "make room, or set --out to a folder or a bucket"):
+        Storage(tmp_path / "file").check("--out")
+
+
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.write("x/y", b"1")

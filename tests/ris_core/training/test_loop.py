@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,37 @@ def test_from_a_damaged_checkpoint_it_goes_on_at_the_one_before(
     assert warning.startswith(f"warning: the checkpoint {tmp_path}/00001-0000002 is damaged ({file}")
     assert warning.endswith("; going on from 00001-0000000")
     assert started == "resuming at epoch 2, step 0"
+    resumed.fit()
+    assert_same_run(outcome(resumed), undisturbed)
+
+
+def test_what_is_written_while_training_goes_on_is_the_state_of_its_moment(
+    undisturbed: Checkpoint, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, steps_done = Storage.write, threading.Event()
+
+    def late(self: Storage, name: str, content: bytes) -> None:
+        if name.startswith("00000-0000002"):
+            assert steps_done.wait(30)
+        write(self, name, content)
+
+    trainer = trainer_of(tiny, Crashing(tmp_path, at=2, saved=True), checkpoint_every_steps=2)
+    real, begun = trainer._step, iter(range(STEPS))
+
+    def step(*given: Any) -> torch.Tensor:
+        loss = real(*given)
+        if next(begun) == 3:  # two steps after the checkpoint, and before the next one
+            steps_done.set()
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "write", late)
+        trainer._step = step  # type: ignore[method-assign]
+        with pytest.raises(Crash):
+            trainer.fit()
+    (tmp_path / "00000-0000004/state.json").unlink()
+    resumed = trainer_of(tiny, plain(tmp_path), checkpoint_every_steps=2)
+    assert (resumed.position.epoch, resumed.position.step) == (0, 2)
     resumed.fit()
     assert_same_run(outcome(resumed), undisturbed)
 
