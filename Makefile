@@ -1,4 +1,4 @@
-# make repro · make test · make lint · make bench: each makes the environment it needs.
+# make repro · make test · make lint · make bench · make drill: each makes the environment it needs.
 PYTHON ?= python3.11
 UV_VERSION := 0.13.8
 READY := .venv/.ready
@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro repro-long test lint bench env lock
+.PHONY: repro repro-long test lint bench drill env lock
 repro: env
 	python -m pipelines.repro
 
@@ -32,6 +32,10 @@ bench: env
 	python -m benchmarks.train_step
 	python -m benchmarks.evaluate
 	python -m benchmarks.waiting
+
+# What training loses when something dies; as root in namespaces of its own. DRILL=--short is what .ci/run does.
+drill: env
+	python -m benchmarks.drill $(DRILL)
 
 env: $(READY)
 

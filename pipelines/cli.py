@@ -28,6 +28,7 @@ VERBS = {  # what the first line of its `main` says
     "register": "Log the model with its scores and lineage to MLflow and move the alias if it beats the champion.",
     "compare": "Test all systems against each other over the same expressions, and show what was hard for them.",
     "report": "Write the report page from what train, evaluate and compare left under results/.",
+    "submit": "Run a command on the cluster at RAY_ADDRESS, and bring back what it makes.",
 }
 OURS = ("pipelines", "ris_core")
 

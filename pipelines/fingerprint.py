@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 from pipelines import inputs
 from ris_core.options import digest
 
+COMMIT = "RIS_GIT_COMMIT"
 # What a run writes itself, and DVC removes before; whatever made a result is elsewhere.
 MADE = ("--", ":/", ":(top,exclude)results", ":(top,exclude)dvc.lock")
 
@@ -23,12 +25,15 @@ def served_code(system: str) -> str:
 
 
 def git_commit() -> str:
-    """Give the checked-out commit, `-dirty` appended if tracked files differ from it; 'unknown' outside a repository."""
+    """Give the checked-out commit, `-dirty` appended if tracked files differ from it.
+
+    Outside of a repository it is what RIS_GIT_COMMIT says, as in a job on a cluster, or 'unknown'.
+    """
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
             ["git", "status", "--porcelain", "-uno", *MADE], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT) or "unknown"
     return f"{commit}-dirty" if changed.stdout.strip() else commit

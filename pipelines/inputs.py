@@ -57,7 +57,7 @@ PLUMBING = {
                 "stage",
                 "tracking",
             ),
-            *("job", "submit", "transport"),
+            *("job", "outputs", "packing", "submit", "transport"),
         )
     ),
     *(f"ris_core.{name}" for name in ("config", "errors", "files", "options", "storage")),

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ris_core.data import masks
 from ris_core.data.letterbox import Mode, letterbox_mask
-from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, decode_pixels
+from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, SHARD_SCHEMA, decode_pixels
 from ris_core.errors import DataError, list_problems
 from ris_core.files import file_sha256
 
@@ -56,14 +56,25 @@ class ShardStore:
         self.row = lru_cache(CACHED_ROWS)(self._row)
 
     def _open(self, shard: int) -> pa.RecordBatch:
+        """Map a shard into memory; what is used of it is read when it is."""
+        table = self._read(shard, pa.memory_map)
+        return table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
+
+    def _column(self, shard: int, name: str) -> pa.Array:
+        """Read a column and nothing else: in a map, every first touch has the system read what lies around it too."""
+        options = pa.ipc.IpcReadOptions(included_fields=[SHARD_SCHEMA.get_field_index(name)])
+        return self._read(shard, pa.OSFile, options).column(name).combine_chunks()
+
+    def _read(
+        self, shard: int, opened: Callable[[str], pa.NativeFile], options: pa.ipc.IpcReadOptions | None = None
+    ) -> pa.Table:
         path = self.folder / self.manifest["shards"][shard]["file"]
         if not path.exists():
             raise DataError(f"{path} is named in the manifest but missing: preprocess this dataset again")
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            return pa.ipc.open_file(opened(str(path)), options=options).read_all()
         except pa.ArrowInvalid as error:
             raise DataError(f"{path} is damaged ({error}): delete it and preprocess this dataset again") from None
-        return table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
 
     def verify(self) -> None:
         """Raise DataError, naming them, unless the bytes of all shards are those that the manifest was written for."""
@@ -74,12 +85,12 @@ class ShardStore:
             raise DataError(list_problems(f"{self.folder}: shards with other bytes than were written", damaged, remedy))
 
     def _index_refs(self) -> None:
-        """Flatten all referents to numpy columns, of the shards' lists of referents and their splits; nothing else is read."""
+        """Flatten all referents to numpy columns."""
         images, positions, splits = [], [], []
         known: dict[str, int] = {}
         first, self._ends = 0, np.zeros(len(self.manifest["shards"]), np.int64)
         for shard in range(len(self._ends)):
-            refs = self._shard(shard).column("refs")
+            refs = self._column(shard, "refs")
             lengths = refs.value_lengths().to_numpy(zero_copy_only=False)
             images.append(_narrow(first + np.repeat(np.arange(len(lengths)), lengths)))
             positions.append(_narrow(np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)))
@@ -119,8 +130,7 @@ class ShardStore:
 
     def places(self) -> dict[int, int]:
         """Give the index of every image by its id."""
-        shards = map(self._shard, range(len(self._ends)))
-        ids = [image_id for shard in shards for image_id in shard.column("image_id").to_pylist()]
+        ids = [image_id for shard in range(len(self._ends)) for image_id in self._column(shard, "image_id").to_pylist()]
         return {image_id: index for index, image_id in enumerate(ids)}
 
     def refs_of(self, split: str) -> np.ndarray:
@@ -260,7 +270,9 @@ def filled(counts: np.ndarray, k: int) -> np.ndarray:
 
     A row's groups take its members in turn, and from its first again until the last group is full.
     """
-    counts = counts.astype(np.int64)
-    slots = -(-counts // k) * k
-    within = np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots)
-    return (np.repeat(np.cumsum(counts) - counts, slots) + within % np.repeat(counts, slots)).reshape(-1, k)
+    slots = -(-counts.astype(np.int64) // k) * k
+    member = np.arange(slots.sum())  # worked on in place: for millions of images its copies would be most of the memory
+    member -= np.repeat(np.cumsum(slots) - slots, slots)
+    member %= np.repeat(counts, slots)
+    member += np.repeat(np.cumsum(counts, dtype=np.int64) - counts, slots)
+    return member.reshape(-1, k)

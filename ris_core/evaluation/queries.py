@@ -13,7 +13,7 @@ from ris_core.errors import DataError
 from ris_core.evaluation.metrics import Protocol
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Query:
     """One expression to score: where its image is, whose mask is the truth, and the text the model is given."""
 
