@@ -572,7 +572,8 @@ FAULTS: dict[str, Callable[[Drill], Line]] = {
     "head": head_restarted,
 }
 SHORT = ("node",)
-APART_ONLY = ("object", "storage")  # where all nodes see the same files nothing travels
+APART_ONLY = ("object", "storage", "disk")  # where all nodes see the same files nothing travels; a small disk needs root
+DISK = "size=250m"
 
 
 def told(training: Training, about: str) -> str:
@@ -610,6 +611,8 @@ def main() -> None:
     try:
         with Nodes(2, place, [REPOSITORY / "pipelines", REPOSITORY / "ris_core", place / "work"]) as nodes:
             drill = Drill(nodes, place)
+            if nodes.apart:
+                subprocess.run(["mount", "-t", "tmpfs", "-o", DISK, "ris-drill", str(place / "disk")], check=True)
             print(f"two nodes {'in namespaces of their own' if nodes.apart else 'on one host, which share all files'}")
             drill.serve()
             drill.make_world()
@@ -624,6 +627,7 @@ def main() -> None:
                 lines.append(line)
                 print(shown(line), flush=True)
     finally:
+        subprocess.run(["umount", str(place / "disk")], capture_output=True, check=False)
         if arguments.keep:
             print(f"kept in {place}")
         else:

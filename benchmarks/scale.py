@@ -1,6 +1,6 @@
 """Does memory stay flat as data grows? The embedded data once, 10 and 100 times over, down the whole road.
 
-python -m benchmarks.scale [--times 1 10 100] [--steps 300] [--workers 2] [--record]
+python -m benchmarks.scale [--times 1 10 100] [--steps 200] [--workers 2] [--record]
 
 The pictures are not made a hundred times: their records are repeated under new ids, and all copies of a picture name the same
 photo file. Every copy is decoded, letterboxed and written anew. Exits with 1 if a process needs more memory for more data
@@ -10,15 +10,15 @@ than its index of that data.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,19 +27,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.measure import Report, alone
+from benchmarks.measure import Report, alone, best_of
+from benchmarks.memory import status, watched
 from benchmarks.models import case
+from benchmarks.samples import SPLIT, write_images
 from pipelines import cluster
 from pipelines.evaluate import PIECE, Scorer, job_queries
 from pipelines.paths import PARAMS
 from pipelines.preprocess import build
 from pipelines.transport import Place
 from ris_core.config import load_params
-from ris_core.data.dataset import ShardStore
+from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
 from ris_core.data.records import ROW_GROUP_IMAGES, write_records
 from ris_core.data.refer.audit import prepare
 from ris_core.data.shapes.synthetic import write_dataset
-from ris_core.data.shards import PreprocessParams
+from ris_core.data.shards import PreprocessParams, ShardOptions, write_manifest, write_shard
 from ris_core.models.clip import load_clip, save_clip
 from ris_core.models.registry import ModelInfo, export_model
 from ris_core.storage import Storage
@@ -51,9 +53,9 @@ DATASET = "shapes"
 RAW, RECORDS, SHARDS, CLIP, MODEL = "raw", "records.parquet", "shards", "clip", "model"
 STORAGE = "jpeg"  # as pixels, the largest would take 14 GB
 VALIDATED = 40  # images
+PHOTOS, SIZES = 64, (416, 560)  # as large as the published models want them
 LOADED = 50  # batches that are made without a training step
 PIECES = 8  # of the evaluation
-PERIOD = 0.1  # seconds between two looks at memory
 MIB = 2**20
 
 Figures = dict[str, float]
@@ -95,7 +97,7 @@ METRICS = (
     Metric("open_read", "  read from disk for that", "kB/shard"),
     Metric("open_s", "opened again", "s"),
     Metric("index", "index", "bytes/referent"),
-    Metric("open_memory", "memory by opening, open maps included", "bytes/image"),
+    Metric("open_memory", "memory by opening", "bytes/image"),
     Metric("plan_s", "plan of an epoch", "CPU s"),
     Metric("loader_ms", "batches alone", "ms CPU/sample"),
     Metric("step_ms", "training, all of it", "ms CPU/step"),
@@ -111,7 +113,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, nargs="+", default=[1, 10, 100], help="how often the data is repeated")
-    parser.add_argument("--steps", type=int, default=300, help="of training at each scale (default 300)")
+    parser.add_argument("--steps", type=int, default=200, help="of training at each scale (default 200)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of Ray Data (default: all cores)")
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
     args = parser.parse_args()
@@ -120,10 +122,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ris-scale-") as name:
         base = Path(name) / "base"
         alone(make_base, base)
+        photos = alone(photo_rows, Path(name) / "photos")
         for times in args.times:
             found[times] = measure(base, Path(name) / str(times), times, args.steps, args.workers)
             print(f"{times} x: measured", file=sys.stderr)
     report_all(report, found)
+    for (size, storage), (row, loaded) in photos.items():
+        report.add(f"a row with a photo, {size} pixels as {storage}", row / 1000, "kB")
+        report.add("  its share of a batch", loaded, "ms CPU/sample")
     report.finish(args.record)
     problems = not_flat(found)
     print("\n".join(problems) or "memory is flat")
@@ -145,6 +151,30 @@ def make_model(base: Path) -> None:
     save_clip(load_clip(chosen.architecture), base / CLIP, chosen.architecture, {})
     info = ModelInfo(chosen.image_size, word_len=chosen.train.word_len)
     export_model(base / MODEL, chosen.system, chosen.build("cpu").state_dict(), chosen.config, base / CLIP, info)
+
+
+def photo_rows(folder: Path) -> dict[tuple[int, str], tuple[float, float]]:
+    """For published image sizes and both storages: bytes of a row, and milliseconds to make a sample of it, on one thread."""
+    torch.set_num_threads(1)
+    folder.mkdir()
+    records = write_images(folder, PHOTOS)
+    found = {}
+    for size, storage in itertools.product(SIZES, ("pixels", "jpeg")):
+        place, options = folder / f"{size}-{storage}", ShardOptions(size, storage)
+        entry = write_shard(place / "part-00000.arrow", records, folder, options)
+        write_manifest(place, "photos", options, [entry])
+        store = ShardStore(place)
+        batches = TrainingBatches(store, SPLIT, BatchPlan(8, 1, 0), lambda texts: torch.zeros(len(texts)))
+        loaded = best_of({"epoch": partial(epoch, batches)}, 3)["epoch"].cpu
+        bytes_of = sum(file.stat().st_size for file in place.glob("*.arrow"))
+        found[size, storage] = (bytes_of / PHOTOS, 1000 * loaded / (8 * len(batches)))
+    return found
+
+
+def epoch(batches: TrainingBatches) -> None:
+    """Make all batches of an epoch."""
+    for step in range(len(batches)):
+        batches[step]
 
 
 def measure(base: Path, place: Path, times: int, steps: int, workers: int) -> Figures:
@@ -257,65 +287,6 @@ def evaluate(base: Path, place: Path) -> Figures:
         "queries_memory": anonymous / count,
         "score_ms": 1000 * scored / sum(table.num_rows for table in tables),
     }
-
-
-@dataclass(frozen=True)
-class Status:
-    """What /proc says of a process; memory in bytes."""
-
-    name: str
-    anonymous: int  # its own: the pages of files that it maps are the page cache's, and go when others need the room
-    shared: int  # of Ray's raylet, the objects in its store
-
-
-def status(pid: int) -> Status:
-    """Look at a process. Raises OSError or KeyError if there is none any more."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines if ":" in line)
-    anonymous, shared = (1024 * int(found[name].split()[0]) for name in ("RssAnon", "RssShmem"))
-    return Status(found["Name"].strip(), anonymous, shared)
-
-
-@dataclass
-class Peaks:
-    """The most memory seen, in bytes: of a process that this one started, of a worker of Ray Data, of the object store."""
-
-    driver: int = 0
-    worker: int = 0
-    store: int = 0
-    workers: dict[int, float] = field(default_factory=dict)  # CPU seconds of each
-
-    def look(self) -> None:
-        """Look at all processes that come from this one."""
-        own = psutil.Process()
-        for process in own.children(recursive=True):
-            with suppress(OSError, KeyError, psutil.Error):  # it has ended meanwhile
-                found = status(process.pid)
-                if process.ppid() == own.pid:
-                    self.driver = max(self.driver, found.anonymous)
-                if process.pid in self.workers or found.name.startswith("ray::Map"):
-                    self.workers[process.pid] = sum(process.cpu_times()[:2])
-                    self.worker = max(self.worker, found.anonymous)
-                if found.name == "raylet":
-                    self.store = max(self.store, found.shared)
-
-
-@contextmanager
-def watched() -> Iterator[Peaks]:
-    """Look at memory again and again while the block runs."""
-    seen, ended = Peaks(), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(PERIOD):
-            seen.look()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        ended.set()
-        thread.join()
 
 
 def forget(folder: Path) -> None:

@@ -127,7 +127,7 @@ class Ledger:
         }
         gone = self.digests.keys() - now.keys()
         units = [folder for folder in folders if not (self.root / folder).is_file()]
-        written = sorted({unit for each in changed | gone if (unit := _unit(each, units))})
+        written = sorted({unit for each in (changed if code else changed | gone) if (unit := _unit(each, units))})
         kept = [unit for unit in written if (self.root / unit).is_dir()]
         files = sorted(each for each in changed if _unit(each, kept) is None)
         removed = sorted({_unit(each, units) or each for each in gone} - set(kept))
@@ -216,10 +216,10 @@ def _clear(path: Path) -> None:
 
 
 def folders() -> list[str]:
-    """List what DVC knows as outputs of the stages of the repository in which this process is; none where it knows nothing."""
+    """List what DVC knows as outputs of the stages of the repository in which this process is; none without a DVC."""
     try:
-        return re.findall(r'^"(.+)";$', dvc("dag", "--outs", "--dot"), re.MULTILINE)
-    except ConfigError:
+        return re.findall(r'^"([^"]+)";$', dvc("dag", "--outs", "--dot"), re.MULTILINE) if Path(".dvc").is_dir() else []
+    except ConfigError:  # dvc.yaml cannot be used, which the command has told
         return []
 
 

@@ -182,7 +182,7 @@ def followed(client: JobSubmissionClient, job: str) -> int:
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 log.rest()
-                return _code(info)
+                break
             heard, silent = time.monotonic(), False
         except LOST as error:
             if _is_unknown(error):
@@ -199,6 +199,7 @@ def followed(client: JobSubmissionClient, job: str) -> int:
                 _say(f"the connection to the cluster is lost ({_first_line(error)}): trying to find {job} again")
             silent = True
         time.sleep(1)
+    return _code(info)
 
 
 class Log:

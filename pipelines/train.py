@@ -16,6 +16,7 @@ from pipelines import paths
 from pipelines.stage import check_names, params, run
 from pipelines.training import Training, trained
 from ris_core import files
+from ris_core.errors import WeightsError
 from ris_core.models.registry import CLIP_FOLDER, WEIGHTS, export_model, load_model, read_description
 from ris_core.options import digest
 from ris_core.training.run import check_start
@@ -32,8 +33,13 @@ def main(
     section = chosen.of(system)
     start = paths.start(system, dataset)
     check_start(start, system, section.model)
-    info = read_description(start).info
-    start_digest = digest([files.file_sha256(start / WEIGHTS), info.clip_digest, info.proposals])
+    described = read_description(start)
+    info, weights_digest = described.info, files.file_sha256(start / WEIGHTS)
+    if weights_digest != described.weights_sha256:
+        raise WeightsError(
+            f"{start / WEIGHTS} is not the file that was written (checksums differ): run the stage initialise again"
+        )
+    start_digest = digest([weights_digest, info.clip_digest, info.proposals])
     training = Training(
         system, dataset, "train", section, section.train, start, start_digest, first_stage_run=info.first_stage_run
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from benchmarks import scale
+from benchmarks import memory, scale
 from pipelines import parts
 from ris_core.data.records import ImageRecord, read_records
 from ris_core.options import Plain
@@ -53,10 +53,10 @@ def test_copies_of_records_differ_in_their_ids_alone(tiny: Tiny, tmp_path: Path)
 
 
 def test_memory_of_a_process_and_of_its_children_is_seen() -> None:
-    before = scale.status(os.getpid()).anonymous
+    before = memory.status(os.getpid()).anonymous
     held = np.ones(64 * MIB, np.uint8)
-    assert scale.status(os.getpid()).anonymous - before > 0.9 * held.nbytes
-    with scale.watched() as seen:
+    assert memory.status(os.getpid()).anonymous - before > 0.9 * held.nbytes
+    with memory.watched() as seen:
         scale.alone(hold, 64 * MIB)
     assert seen.driver > 64 * MIB
     assert (seen.worker, seen.store) == (0, 0)
@@ -65,7 +65,7 @@ def test_memory_of_a_process_and_of_its_children_is_seen() -> None:
 def hold(size: int) -> None:
     """Keep so much memory for some looks."""
     held = np.ones(size, np.uint8)
-    time.sleep(5 * scale.PERIOD)
+    time.sleep(5 * memory.PERIOD)
     del held
 
 
@@ -113,3 +113,14 @@ def test_the_road_after_the_shards(tiny: Tiny, tmp_path: Path, monkeypatch: pyte
     assert len(report.rows) == 2 * len(METRICS)
     assert found[1]["index"] == 3, "bytes a referent, of 38 images"
     assert not scale.not_flat(found)
+
+
+def test_rows_of_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "PHOTOS", 8)
+    monkeypatch.setattr(scale, "SIZES", (96,))
+    found = scale.photo_rows(tmp_path / "photos")
+    assert set(found) == {(96, "pixels"), (96, "jpeg")}
+    for (size, storage), (row, milliseconds) in found.items():
+        image = 3 * size * size
+        assert image < row < image + 20_000 if storage == "pixels" else row < image
+        assert milliseconds > 0
