@@ -2,8 +2,8 @@
 
 make drill        python -m benchmarks.drill [--record] [--short] [--only NAME ...]
 
-A head and two nodes (see `benchmarks.nodes`) that share nothing but an S3 server; a tracking server of its own; a small world
-made by the stages themselves. An undisturbed training comes first; then each fault is done to the same training, which has
+A head and two nodes (see `benchmarks.nodes`) that share nothing but an S3 store (SeaweedFS); an MLflow server of its own, on
+PostgreSQL where that is installed and may be started; a small world made by the stages themselves. An undisturbed training comes first; then each fault is done to the same training, which has
 to end with the same weights, to the bit where the number of workers is the same. A line that does not hold makes the exit
 code 1.
 """
@@ -123,15 +123,17 @@ class Drill:
         self.nodes, self.place = nodes, place
         self.work, self.notes = place / "work", place / "notes"
         self.host = nodes.address(HEAD)
-        self.bucket = f"s3://{BUCKET}/storage?endpoint_override={self.host}:{S3}&scheme=http"
+        self.bucket = f"s3://{BUCKET}/storage"
         self.tracking_uri = f"http://{self.host}:{TRACKING}"
         self.tracking: subprocess.Popen[bytes] | None = None
+        self.store = ""
         self.weights = ""
         self.seen: dict[int, int] = {}
         os.environ.update(
             AWS_ACCESS_KEY_ID="drill",
             AWS_SECRET_ACCESS_KEY="drilldrill",
-            AWS_REGION="us-east-1",
+            AWS_DEFAULT_REGION="us-east-1",
+            AWS_ENDPOINT_URL=f"http://{self.host}:{S3}",
             AWS_EC2_METADATA_DISABLED="true",
             MLFLOW_HTTP_REQUEST_TIMEOUT="10",
             MLFLOW_TRACKING_URI=self.tracking_uri,
@@ -145,14 +147,55 @@ class Drill:
 
     def serve(self) -> None:
         """Start the S3 server and the tracking server on the head."""
-        s3 = [sys.executable, "-m", "moto.server", "-H", self.host, "-p", str(S3)]
-        self.nodes.run(HEAD, s3, {}, (self.place / "s3.log").open("ab"))
+        folder = self.place / "s3"
+        folder.mkdir()
+        quiet = [
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-webdav=false",
+            "-admin.ui=false",
+            "-master.telemetry=false",
+        ]
+        sockets = [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
+        where = [f"-dir={folder}", f"-ip={self.host}", "-ip.bind=0.0.0.0", f"-s3.port={S3}", f"-bucket={BUCKET}"]
+        weed = str(Path(sys.executable).with_name("weed"))
+        self.nodes.run(HEAD, [weed, "mini", *where, *quiet, *sockets], {}, (self.place / "s3.log").open("ab"))
+        _within(60, lambda: urllib.request.urlopen(f"http://{self.host}:{S3}/healthz", timeout=2).status == 200)
+        self.store = self.postgres() or f"sqlite:///{self.place}/mlflow.db"
+        print(f"MLflow keeps its runs in {self.store.split(':')[0]}")
         self.start_tracking()
-        request = urllib.request.Request(f"http://{self.host}:{S3}/{BUCKET}", method="PUT")
-        _within(60, lambda: urllib.request.urlopen(request, timeout=5).close() is None)
+        _within(60, lambda: Storage(self.bucket).check() is None)
+
+    def postgres(self) -> str | None:
+        """Start a PostgreSQL of Debian's as the user that it wants to be; its address, None where that cannot be done."""
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+        if not found or os.geteuid() != 0:
+            return None
+        programs, data = found[-1].parent, self.place / "postgres"
+        data.mkdir()
+        shutil.chown(data, "postgres", "postgres")
+        run_as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"]
+        make = [
+            str(programs / "initdb"),
+            "-D",
+            str(data / "db"),
+            "--username=mlflow",
+            "--auth=trust",
+            "--no-sync",
+            "-E",
+            "UTF8",
+        ]
+        subprocess.run([*run_as, *make, "--locale=C"], cwd=data, check=True, capture_output=True)
+        serve = [str(programs / "postgres"), "-D", str(data / "db"), "-h", self.host, "-p", "5432", "-k", str(data)]
+        with (data / "db/pg_hba.conf").open("a") as rules:
+            rules.write("host all all all trust\n")
+        self.nodes.run(HEAD, [*run_as, *serve], {}, (self.place / "postgres.log").open("ab"))
+        create = [str(programs / "createdb"), "-h", self.host, "-U", "mlflow", "mlflow"]
+        _within(60, lambda: subprocess.run(create, capture_output=True, check=False).returncode == 0)
+        return f"postgresql+psycopg2://mlflow@{self.host}:5432/mlflow"
 
     def start_tracking(self) -> None:
-        store = ["--backend-store-uri", f"sqlite:///{self.place}/mlflow.db"]
+        store = ["--backend-store-uri", self.store]
         artifacts = ["--artifacts-destination", str(self.place / "artifacts")]
         where = ["--host", self.host, "--port", str(TRACKING), "--workers", "1", "--allowed-hosts", "*"]
         command = [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *where]
@@ -572,7 +615,11 @@ FAULTS: dict[str, Callable[[Drill], Line]] = {
     "head": head_restarted,
 }
 SHORT = ("node",)
-APART_ONLY = ("object", "storage", "disk")  # where all nodes see the same files nothing travels; a small disk needs root
+APART_ONLY = (
+    "object",
+    "storage",
+    "disk",
+)  # where all nodes see the same files nothing travels; a small disk needs root
 DISK = "size=250m"
 
 
@@ -605,6 +652,7 @@ def main() -> None:
     chosen = arguments.only or (SHORT if arguments.short else tuple(FAULTS))
     place = Path(tempfile.mkdtemp(prefix="ris-drill-"))
     lines, before = [], machine()
+    place.chmod(0o755)  # PostgreSQL runs as another user
     for name in ("work", "disk"):
         (place / name).mkdir()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

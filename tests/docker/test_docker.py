@@ -186,8 +186,11 @@ def test_every_variable_is_read_by_somebody() -> None:
     code = "".join(
         path.read_text() for folder in ("pipelines", "ris_core") for path in (REPOSITORY / folder).rglob("*.py")
     )
-    (mlflow,) = find_spec("mlflow").submodule_search_locations  # type: ignore[union-attr]  # importing it takes seconds
-    of_mlflow = "".join(Path(mlflow, name).read_text() for name in ("cli/__init__.py", "environment_variables.py"))
+    mlflow = find_spec("mlflow")  # importing it takes seconds
+    assert mlflow
+    assert mlflow.origin
+    files = ("cli/__init__.py", "environment_variables.py")
+    of_mlflow = "".join((Path(mlflow.origin).parent / name).read_text() for name in files)
     given = {name for service in ours().values() for name in service["environment"]}
     given |= set(manifests()["ConfigMap"]["data"]) | {each["name"] for each in pods()[0]["containers"][0]["env"]}
     for name in given:
