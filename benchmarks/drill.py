@@ -3,9 +3,9 @@
 make drill        python -m benchmarks.drill [--record] [--short] [--only NAME ...]
 
 A head and two nodes (see `benchmarks.nodes`) that share nothing but an S3 store (SeaweedFS); an MLflow server of its own, on
-PostgreSQL where that is installed and may be started; a small world made by the stages themselves. An undisturbed training comes first; then each fault is done to the same training, which has
-to end with the same weights, to the bit where the number of workers is the same. A line that does not hold makes the exit
-code 1.
+PostgreSQL where that is installed and may be started; a small world made by the stages themselves. An undisturbed training
+comes first; then each fault is done to the same training, which has to end with the same weights, to the bit where the
+number of workers is the same. A line that does not hold makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from benchmarks.measure import RECORDS, machine
 from benchmarks.nodes import HEAD, PORT, Nodes
 from pipelines import tracking
 from pipelines.fingerprint import git_commit
+from ris_core.errors import ClusterError
 from ris_core.files import file_sha256, write_json
 from ris_core.storage import Storage
 
@@ -164,7 +165,7 @@ class Drill:
         self.store = self.postgres() or f"sqlite:///{self.place}/mlflow.db"
         print(f"MLflow keeps its runs in {self.store.split(':')[0]}")
         self.start_tracking()
-        _within(60, lambda: Storage(self.bucket).check() is None)
+        _within(60, lambda: Storage(self.bucket).names() is not None)
 
     def postgres(self) -> str | None:
         """Start a PostgreSQL of Debian's as the user that it wants to be; its address, None where that cannot be done."""
@@ -630,12 +631,13 @@ def told(training: Training, about: str) -> str:
 
 def _within(seconds: float, what: Callable[[], Any]) -> Any:
     """Ask again and again until the answer is yes; it."""
-    deadline, last = time.monotonic() + seconds, None
+    deadline = time.monotonic() + seconds
+    last: Exception | None = None
     while time.monotonic() < deadline:
         try:
             if found := what():
                 return found
-        except OSError as error:
+        except (OSError, ClusterError) as error:
             last = error
         time.sleep(0.2)
     raise RuntimeError(f"it did not happen in {seconds:.0f} s ({last})")

@@ -306,7 +306,9 @@ def test_a_changed_input_is_another_run(workplace: Workplace, store: Path, monke
     changed.append(start())
     weights = load_file(model / "model.safetensors")
     save_file({**weights, "proj.txt.bias": weights["proj.txt.bias"] + 1}, model / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"is not the file that was written \(checksums differ\): run the stage init"):
+    with pytest.raises(
+        WeightsError, match=r"is not the file that was written \(checksums differ\): run the stage init"
+    ):
         train.main(SYSTEM, DATASET)
     content = json.loads(info.read_text())
     info.write_text(json.dumps({**content, "weights_sha256": file_sha256(model / "model.safetensors")}))
