@@ -116,9 +116,10 @@ def misfits(
     """List unknown keys, wrong types and values out of range of `given`, each a line that begins with the key's full name.
 
     `schemas` holds those of inner sections that were made before, as making one takes longer than using it; values are
-    tried in them.
+    tried in them. `schema` itself stays as it is.
     """
-    schemas = {} if schemas is None else schemas
+    if schemas is None:
+        schema, schemas = schema.copy(), {}
     problems: list[str] = []
     section = OmegaConf.get_type(schema)
     assert section is not None

@@ -110,7 +110,7 @@ class ShardStore:
         """Give the shard that holds an image, and its row there."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         batch = self._shard(shard)
-        return batch, index - int(self._ends[shard]) + batch.num_rows
+        return batch, int(index) - int(self._ends[shard]) + batch.num_rows  # an index may come in a narrow type
 
     def pixels(self, index: int) -> np.ndarray:
         """Give the letterboxed image, uint8 (S, S, 3), read-only."""

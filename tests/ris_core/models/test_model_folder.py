@@ -188,8 +188,8 @@ def test_a_description_that_is_no_object(name: str, content: str, folder: Path) 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda c: put(c, ("format",), 1), "has another format than 3"),
-        (lambda c: put(c, ("format",), None), "has another format than 3"),
+        (lambda c: put(c, ("format",), 1), "has another format than 4"),
+        (lambda c: put(c, ("format",), None), "has another format than 4"),
         (lambda c: put(c, ("system",), None), "system missing"),
         (lambda c: put(c, ("config",), None), "config missing"),
         (lambda c: put(c, ("info",), None), "info missing"),
