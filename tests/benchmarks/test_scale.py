@@ -54,8 +54,9 @@ def test_copies_of_records_differ_in_their_ids_alone(tiny: Tiny, tmp_path: Path)
 
 def test_memory_of_a_process_and_of_its_children_is_seen() -> None:
     before = memory.status(os.getpid()).anonymous
-    held = np.ones(64 * MIB, np.uint8)
-    assert memory.status(os.getpid()).anonymous - before > 0.9 * held.nbytes
+    held = np.ones(1024 * MIB, np.uint8)  # more than what the process may have free from before
+    assert memory.status(os.getpid()).anonymous - before > 0.5 * held.nbytes
+    del held
     with memory.watched() as seen:
         scale.alone(hold, 64 * MIB)
     assert seen.driver > 64 * MIB

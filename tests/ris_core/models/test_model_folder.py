@@ -177,7 +177,7 @@ def test_descriptions_as_editors_save_them(encoding: str, folder: Path) -> None:
     assert load_model(folder)[1].info == INFO
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '[{"format": 3}]'])
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '[{"format": 4}]'])
 @pytest.mark.parametrize("name", ["model.json", "clip/clip.json"])
 def test_a_description_that_is_no_object(name: str, content: str, folder: Path) -> None:
     (folder / name).write_text(content)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ris_core import files
 from ris_core.errors import ConfigError, WeightsError
+from ris_core.files import file_sha256
 from ris_core.models import registry
 from ris_core.models.clip import load_saved_clip, read_clip_config
 from ris_core.models.contract import MapSystem, ProposalSystem
@@ -68,7 +69,8 @@ def test_round_trip_gives_identical_logits(model: nn.Module, folder: Path, tiny:
     loaded, described = load_model(folder)
     assert isinstance(loaded, CRIS)
     assert loaded.config == tiny.params().cris.model
-    assert described == Description("cris", tiny.params().cris.model, INFO)
+    digest = file_sha256(folder / "model.safetensors")
+    assert described == Description("cris", tiny.params().cris.model, INFO, digest)
     assert not loaded.training
     assert torch.equal(logits(loaded), logits(model))
     assert logits(model).std() > 0
@@ -78,14 +80,16 @@ def test_the_folder_is_readable_without_us(folder: Path, tiny: Tiny) -> None:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert files == ["clip/clip.json", "model.json", "model.safetensors"]
     content = json.loads((folder / "model.json").read_text())
-    assert content.keys() == {"format", "system", "config", "info"}
-    assert content["format"] == 3
+    assert content.keys() == {"format", "system", "config", "info", "weights_sha256"}
+    assert content["format"] == 4
+    assert content["weights_sha256"] == file_sha256(folder / "model.safetensors")
     assert content["system"] == "cris"
     assert json.loads((folder / "clip/clip.json").read_text())["architecture"] == ARCHITECTURE
     assert CRISConfig(**content["config"]) == tiny.params().cris.model
     assert content["info"] == asdict(INFO)
     assert (content["info"]["word_len"], content["info"]["dataset"], content["info"]["epoch"]) == (12, "shapes", None)
-    assert read_description(folder) == Description("cris", tiny.params().cris.model, INFO)
+    described = Description("cris", tiny.params().cris.model, INFO, content["weights_sha256"])
+    assert read_description(folder) == described
 
 
 def test_weights_in_another_memory_layout_are_saved(model: nn.Module, tiny: Tiny, tmp_path: Path) -> None:
@@ -131,8 +135,8 @@ def changed(folder: Path, **changes: Any) -> Path:
 
 
 def test_another_format_is_refused(folder: Path) -> None:
-    for other in (1, 2, 7, "3", None):
-        with pytest.raises(WeightsError, match=r"model\.json has another format than 3, the one read here"):
+    for other in (1, 2, 3, 7, "3", None):
+        with pytest.raises(WeightsError, match=r"model\.json has another format than 4, the one read here"):
             load_model(changed(folder, format=other))
 
 
@@ -151,6 +155,9 @@ def test_every_weight_must_be_there_and_no_other(change: str, folder: Path) -> N
     else:
         weights["proj.txt.other"] = torch.zeros(1)
     save_file(weights, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"is not the file model\.json was written for \(checksums differ\)"):
+        load_model(folder)
+    changed(folder, weights_sha256=file_sha256(folder / "model.safetensors"))
     with pytest.raises(WeightsError, match=r"does not fit the model\.json beside it") as caught:
         load_model(folder)
     assert ("proj.txt.bias" if change == "missing" else "proj.txt.other") in str(caught.value)
@@ -197,14 +204,14 @@ def test_a_description_that_was_changed_is_never_a_crash(key: str, value: object
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "3", "null", '"text"', "<html></html>", "{", "\x00", '{"format": 3}', "[" * 9999]
+    "content", ["[]", "3", "null", '"text"', "<html></html>", "{", "\x00", '{"format": 4}', "[" * 9999]
 )
 def test_a_description_that_is_none(content: str, folder: Path) -> None:
     (folder / "model.json").write_text(content)
     with pytest.raises(WeightsError, match=rf"{folder}/model\.json .* again") as caught:
         load_model(folder)
     if content.startswith('{"format"'):
-        assert "system, config, info missing" in str(caught.value)
+        assert "system, config, info, weights_sha256 missing" in str(caught.value)
 
 
 def test_weights_that_are_a_web_page_are_named(folder: Path) -> None:
