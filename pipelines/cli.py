@@ -12,7 +12,7 @@ import sys
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ris_core.errors import ConfigError, RISError
+from ris_core.errors import RISError
 
 VERBS = {  # what the first line of its `main` says
     "predict": "Mark the object an expression names: writes a picture, prints the score and the mask's size.",
@@ -45,21 +45,13 @@ class Verbs(TyperGroup):
     def resolve_command(  # type: ignore[override]
         self, ctx: typer.Context, args: list[str]
     ) -> tuple[str | None, TyperCommand | None, list[str]]:
-        """Give the real command. Raises ConfigError where a library that it needs is not installed."""
+        """Give the real command."""
         name, known, rest = super().resolve_command(ctx, args)
         return name, None if known is None or name is None else _real(name), rest
 
 
 def _real(verb: str) -> TyperCommand:
-    try:
-        module = importlib.import_module(f"pipelines.{verb.replace('-', '_')}")
-    except ModuleNotFoundError as error:
-        library = (error.name or "").split(".")[0]
-        if library in ("", *OURS):
-            raise
-        raise ConfigError(
-            f"ris {verb} needs {library}, which is not installed here: pip install 'ris[pipelines]'"
-        ) from None
+    module = importlib.import_module(f"pipelines.{verb.replace('-', '_')}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(verb)(module.main)
     command = typer.main.get_command(app)
@@ -86,8 +78,16 @@ def app() -> None:
     try:
         commands()
     except RISError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        told = str(error)
+    except ModuleNotFoundError as error:  # a verb's module imports some libraries only when it needs them
+        library = (error.name or "").split(".")[0]
+        if library in ("", *OURS):
+            raise
+        told = f"ris {sys.argv[1]} needs {library}, which is not installed here: pip install 'ris[pipelines]'"
+    else:
+        return
+    print(f"error: {told}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ris_core.evaluation.figures import overlay
 from ris_core.predictor import RISPredictor
 
 MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
-VERBS = [*MAKING, "evaluate", "register", "compare", "report", "predict"]
+VERBS = [*MAKING, "evaluate", "register", "compare", "report", "predict", "submit"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""
 import sys
@@ -75,10 +75,13 @@ def test_what_help_says_of_a_verb_is_what_its_module_says(
 
 def test_a_verb_says_which_library_it_lacks(workplace: Workplace) -> None:
     """As where the library alone is installed, or `ris[serve]`."""
-    done = python("-c", WITHOUT, "ray,dvc,jinja2", "train", "--system", "cris", cwd=workplace.root)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: ris train needs ray, which is not installed here: pip install 'ris[pipelines]'\n"
-    workplace.link("model")
+    workplace.link("shards", "start", "model")
+    for verb in ("evaluate", "train"):  # the second asks for Ray when there is something to train
+        command = (verb, "--system", "cris", "--dataset", "shapes")
+        done = python("-c", WITHOUT, "ray,dvc,jinja2", *command, cwd=workplace.root)
+        assert (done.returncode, done.stdout) == (1, "")
+        told = f"error: ris {verb} needs ray, which is not installed here: pip install 'ris[pipelines]'"
+        assert done.stderr.splitlines()[-1] == told
     Image.new("RGB", (40, 30), "grey").save("grey.png")
     done = python(
         "-c", WITHOUT, "ray,dvc,mlflow,pandas,jinja2,psutil", "predict", "grey.png", "the star", cwd=workplace.root
@@ -124,6 +127,7 @@ def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> 
             "models/cris-shapes holds no model: model.json, model.",
         ),
         (["report"], "results/evaluate has no scores yet: run the evaluate stage first"),
+        (["submit", "--", "dvc", "repro"], "nothing was submitted (3 problems):"),
         (["predict", "x.jpg", "the star"], "models/cris-shapes holds no model: model.json, model.safetensors missing"),
         (["predict", "x.jpg", "the star", "--out", "mask.tiff"], "--out mask.tiff: give a .png or .jpg file"),
         (

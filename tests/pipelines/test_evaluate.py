@@ -19,6 +19,7 @@ from PIL import Image
 from pipelines_world import DATASET, SYSTEM, Workplace, export_untrained
 
 from pipelines import cluster, evaluate, gallery, paths, scores
+from pipelines.transport import Place
 from ris_core.errors import ClusterError, DataError, WeightsError
 from ris_core.evaluation import evaluator
 from ris_core.evaluation.answers import MapAnswers
@@ -278,7 +279,8 @@ def test_bf16_is_used_and_changes_scores_by_little(marking: Workplace, ray_sessi
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_every_answer_is_computed_in_the_precision_that_was_asked_for(precision: str, prepared: Workplace) -> None:
-    places = {"model": str(paths.model(SYSTEM, DATASET)), "shards": str(paths.shards(DATASET))}
+    folders = {"model": paths.model(SYSTEM, DATASET), "shards": paths.shards(DATASET)}
+    places = {name: Place(str(folder)) for name, folder in folders.items()}
     scorer = evaluate.Scorer(places, 4, precision)
     assert {end: isinstance(each, MapAnswers) and each.precision for end, each in scorer.answerers.items()} == {
         "": precision,
