@@ -21,7 +21,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from pipelines import outputs, packing, paths, transport
+from pipelines import cluster, outputs, packing, paths, transport
 from pipelines.outputs import Ledger
 from pipelines.stage import run
 from pipelines.transport import Parcel
@@ -32,6 +32,7 @@ from ris_core.storage import Storage
 FOLDER = ".jobs"  # in the node's cache: files of the cache can be linked there
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = (15, 60)  # seconds to end after Ray's signal, and after ours
+THREADS = "OMP_NUM_THREADS"
 NOT_FOUND = 127  # as shells have it
 
 
@@ -117,11 +118,15 @@ def execute(command: list[str], folder: Path) -> int:
 
     From its end on they are ignored, as what it made must get to the storage.
     """
-    search = {
+    environment = {
+        **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "GIT_CEILING_DIRECTORIES": str(folder.parent),  # a repository around the cache is not this one
     }
+    carried = json.loads(os.environ.get(cluster.JOB, "{}")).get("runtime_env", {}).get("env_vars", {})
+    if THREADS not in carried and environment.get(THREADS) == "1":  # Ray's, for a job that takes no CPU: it is a driver
+        del environment[THREADS]
 
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
@@ -130,7 +135,7 @@ def execute(command: list[str], folder: Path) -> int:
         signal.signal(number, stop)
     try:
         try:
-            code = subprocess.Popen(command, cwd=folder, env={**os.environ, **search}).wait()
+            code = subprocess.Popen(command, cwd=folder, env=environment).wait()
         finally:
             for number in STOPS:
                 signal.signal(number, signal.SIG_IGN)

@@ -26,6 +26,7 @@ LEFT = (".ci", "benchmarks", "docker", "docs", "tests")  # no command on a clust
 SEEDS = ("CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS", "PYTHONHASHSEED")  # with which results repeat to the bit
 # Of this machine alone: its files, and what each node decides for itself.
 STAYING = (
+    "AWS_CA_BUNDLE",
     "AWS_CONFIG_FILE",
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",

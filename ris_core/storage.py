@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, suppress, suppress
 from pathlib import Path
 
 from pyarrow import ArrowInvalid, NativeFile
@@ -149,7 +149,8 @@ class Storage:
             if self.folder is not None:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             elif self.system.get_file_info(self._path(name)).type != FileType.NotFound:
-                self.system.delete_dir(self._path(name))
+                with suppress(FileNotFoundError):  # some stores list a folder for a while after its last file went
+                    self.system.delete_dir(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

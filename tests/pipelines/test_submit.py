@@ -653,6 +653,19 @@ def test_a_job_that_is_stopped_ends_what_it_started_and_gives_what_is_done(clone
     assert (made.code, made.files) == (143, ["models/begun", "results/pid", "results/score.json"])
 
 
+@pytest.mark.parametrize(
+    ("threads", "carried", "expected"), [("1", {}, ""), ("4", {}, "4"), ("1", {"OMP_NUM_THREADS": "1"}, "1")]
+)
+def test_a_job_computes_with_as_many_threads_as_its_command_would_here(
+    threads: str, carried: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray lets whoever takes no CPU have one; sums over other numbers of threads differ."""
+    monkeypatch.setattr(job.signal, "signal", lambda number, handler: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": carried}}))
+    assert job.execute(["sh", "-c", f'test "$OMP_NUM_THREADS" = "{expected}"'], tmp_path) == 0
+
+
 def test_a_command_that_is_not_there(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
