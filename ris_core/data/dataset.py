@@ -26,9 +26,7 @@ from ris_core.errors import DataError, list_problems
 from ris_core.files import file_sha256
 
 CACHED_ROWS = 4096
-# Opening one again takes 0.15 ms. Each has many small objects; when a thousand stay while a training's tensors come and go,
-# 150 MB of memory cannot be used again between them. A process may also hold only so many maps (65530 on Linux).
-OPEN_SHARDS = 128
+OPEN_SHARDS = 1024  # a process may hold only so many maps of files (65530 on Linux)
 
 Tokenize = Callable[[Sequence[str]], torch.Tensor]  # a system's: sentences -> int64 (N, L)
 
