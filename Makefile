@@ -42,7 +42,7 @@ env: $(READY)
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	"$(BIN)"/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	"$(BIN)"/uv pip sync --quiet --system-certs --python "$(BIN)"/python --require-hashes requirements.lock
+	"$(BIN)"/uv pip sync --quiet --compile-bytecode --system-certs --python "$(BIN)"/python --require-hashes requirements.lock
 	"$(BIN)"/uv pip install --quiet --python "$(BIN)"/python --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
