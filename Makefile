@@ -39,6 +39,7 @@ drill: env
 
 env: $(READY)
 
+# Compiled here, once: where Python may not write bytecode, each process, each worker too, would compile all that it imports.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	"$(BIN)"/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

@@ -199,8 +199,8 @@ def test_with_other_inputs_the_same_folder_holds_another_training(
     other: dict[str, Path] = {}
     with monkeypatch.context() as patched:
         if what == "options" or what.startswith("seed"):
-            train = {"clip_grad_norm": 0.1} if what == "options" else {"seed": 3}
-            params = changed_params(tiny, tmp_path / "other.yaml", **train)
+            options = {"clip_grad_norm": 0.1} if what == "options" else {"seed": 3}
+            params = changed_params(tiny, tmp_path / "other.yaml", **options)
             if what == "seed of new layers":  # and the training keeps its own
                 params.write_text(params.read_text().replace("\ncris:\n", "\ncris:\n  train: {seed: 0}\n"))
             other = {"params": params}
@@ -209,7 +209,7 @@ def test_with_other_inputs_the_same_folder_holds_another_training(
         elif what == "clip":
             other = {"clip": other_clip(tiny, tmp_path / "clip")}
         else:
-            patched.setattr("ris_core.train.library_digest", lambda: "of other code")
+            patched.setattr(train, "library_digest", lambda: "of other code")
         others, said_then, told = call(patched, capsys, tiny, tmp_path / "out", **other)
     assert "resuming" not in told
     assert "nothing is left to do" not in told
