@@ -63,8 +63,8 @@ T = TypeVar("T")
 
 # The peaks that are held against those of the smallest scale, and what each may have more, in bytes: for its index of more
 # data, and for what the allocator keeps. All else must be flat.
-SLACK = 64 * MIB  # also for the 4096 rows that a store keeps at hand
-INDEX = {"refs": 8, "shards": 24_000}  # columns; an open shard and its entry in the manifest
+SLACK = 64 * MIB  # also for the 4096 rows and 128 shards that a store keeps at hand
+INDEX = {"refs": 8, "shards": 1_000}  # columns, and a shard's entry in the manifest
 PEAKS: dict[str, dict[str, int]] = {
     "preprocess_worker": {},
     "preprocess_driver": {"shards": 32_000},  # a task and its result

@@ -263,6 +263,14 @@ def train_worker(config: Plain) -> None:
     """Run in each Ray Train worker: build the system, then the library's loop."""
     logging.getLogger().setLevel(logging.WARNING)  # one of Ray's loggers escapes its LoggingConfig
     os.environ["MLFLOW_TRACKING_URI"] = config["tracking_uri"]
+    try:
+        _train(config)
+    except RISError:
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # the driver gives the message, Ray a traceback with it
+        raise
+
+
+def _train(config: Plain) -> None:
     training: Training = config["training"]
     assert training.params is not None
     store = ShardStore(config["shards"].local())
