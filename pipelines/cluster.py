@@ -29,6 +29,13 @@ AT_ONCE = "RIS_AT_ONCE"  # how many stages share the cluster, where `pipelines.r
 # What workers get of the environment of whoever drives them, beside `ENVIRONMENT`: where things are, and how to reach them.
 HANDED_ON = ("AWS_", "GLOO_", "HF_", "MLFLOW_", "NCCL_", "RIS_", "S3_", "TORCH_")
 OF_A_NODE = ("RIS_CACHE",)  # each has its own disk
+# A dozen idle processes take 6 % of two cores for what nobody reads of a private cluster.
+UNREAD = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_task_events_report_interval_ms": "0",
+}
 CODE = Path(ris_core.__file__).parent.parent
 
 
@@ -54,6 +61,8 @@ def connected(**init: Any) -> Iterator[None]:
         # Ray Train's watchdog asks this address whether the run's controller lives. Left to find one, it may ask another
         # Ray of this machine, which knows nothing of the controller, and then ends the training.
         port = _free_port()
+        for name, value in UNREAD.items():
+            os.environ.setdefault(name, value)
         environment = {**handed_on(os.environ), WATCHDOG: f"http://127.0.0.1:{port}"}
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
         try:

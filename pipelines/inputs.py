@@ -60,7 +60,7 @@ PLUMBING = {
             *("job", "outputs", "packing", "submit", "transport"),
         )
     ),
-    *(f"ris_core.{name}" for name in ("config", "errors", "files", "options", "storage")),
+    *(f"ris_core.{name}" for name in ("config", "errors", "files", "options", "storage", "yaml_file")),
     *("ris_core.evaluation.params", "ris_core.training.params"),
 }
 # What a module reads or names beside what it imports.

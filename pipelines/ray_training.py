@@ -266,7 +266,9 @@ def train_worker(config: Plain) -> None:
     try:
         _train(config)
     except RISError:
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # the driver gives the message, Ray a traceback with it
+        logging.getLogger("ray.train").setLevel(
+            logging.CRITICAL
+        )  # the driver gives the message, Ray a traceback with it
         raise
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from ris_core.data.refer.audit import PrepareParams
 from ris_core.data.refer.reader import DATASETS
@@ -28,6 +27,7 @@ from ris_core.models.registry import first_stage, system_class, systems, trains
 from ris_core.options import editable, misfits, option
 from ris_core.training.params import SystemSection, TrainParams
 from ris_core.training.pretrain import ClipParams
+from ris_core.yaml_file import read_yaml
 
 CLIPS = ("rn", "vit")  # each has a section `clip_<name>` and a folder data/clip/<name>
 ORCHESTRATION = ("register", "cluster")  # sections that `pipelines.params` adds, and checks
@@ -85,15 +85,17 @@ def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
     presets = raw.pop("presets", None) or {}
     if not isinstance(presets, DictConfig | dict):
         raise ConfigError(f"{path}: presets: expected a mapping of names to sections, found {presets!r}")
-    schema = _schema(kind)
+    whole = _whole(kind)  # type: ignore[arg-type]  # classes are hashable, if not their instances
+    schema = editable(OmegaConf.structured(whole))
     layers: dict[str, tuple[DictConfig, Mapping[str, Any]]] = {"": (_known(raw, schema), {})}
     problems: list[str] = []
     presets, wrong = _derived(presets)
     problems += wrong
     for name, preset in presets.items():
         layers[f"presets.{name}."] = (_known(preset, schema), raw)
+    schemas: dict[type, DictConfig] = {}
     for prefix, (given, below) in layers.items():
-        problems += misfits(schema, given, prefix)
+        problems += misfits(whole, given, prefix, schemas)
         problems += _contradictions(schema, below, given, prefix, problems)
         problems += _impossible_trainings(given, prefix)
     chosen = str(raw.get("preset", schema.preset))
@@ -116,16 +118,9 @@ def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
 
 def _read(path: Path) -> DictConfig:
     try:
-        raw = OmegaConf.load(path)
+        return read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such parameter file; run from the repository root, or pass its path") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    except OSError as error:  # a folder, or a file that holds a single value
-        raise ConfigError(f"{path} is not a parameter file: {error}") from None
-    if not isinstance(raw, DictConfig):
-        raise ConfigError(f"{path}: expected sections (a mapping), found {type(raw).__name__}")
-    return raw
 
 
 def _derived(presets: Mapping[Any, Any]) -> tuple[dict[str, DictConfig], list[str]]:
@@ -182,10 +177,6 @@ def _whole(kind: type[Params]) -> type[Params]:
     """Give the parameters with a section for every system, so that a new one needs no line here."""
     own: list[Any] = [(system, _section(system), field(default_factory=_section(system))) for system in systems()]
     return make_dataclass(kind.__name__, own, bases=(kind,))
-
-
-def _schema(kind: type[Params]) -> DictConfig:
-    return editable(OmegaConf.structured(_whole(kind)))  # type: ignore[arg-type]  # classes are hashable, if not their instances
 
 
 def _impossible_trainings(given: DictConfig, prefix: str) -> list[str]:

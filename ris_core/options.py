@@ -69,7 +69,7 @@ def from_plain(kind: type[T], content: object, where: str) -> T:
     problems = texts_that_ask(content)
     schema = editable(OmegaConf.structured(kind))
     if not problems:
-        problems = misfits(schema, OmegaConf.create(content), "")
+        problems = misfits(kind, OmegaConf.create(content), "")
         required = (field for field in _fields(kind) if _is_required(field))
         problems += [f"{field.name}: missing" for field in required if field.name not in content]
     if problems:
@@ -110,21 +110,20 @@ def editable(schema: DictConfig) -> DictConfig:
     return schema
 
 
-def misfits(
-    schema: DictConfig, given: DictConfig, prefix: str, schemas: dict[type, DictConfig] | None = None
-) -> list[str]:
-    """List unknown keys, wrong types and values out of range of `given`, each a line that begins with the key's full name.
+def misfits(section: type, given: DictConfig, prefix: str, schemas: dict[type, DictConfig] | None = None) -> list[str]:
+    """List unknown keys, wrong types and values out of range for a dataclass of options, each a line that begins with the
+    key's full name.
 
-    `schemas` holds those of inner sections that were made before, as making one takes longer than using it; values are
-    tried in them. `schema` itself stays as it is.
+    Values are tried in `schemas`, one for each dataclass, which take longer to make than to use: who checks much gives the
+    same dictionary each time.
     """
-    if schemas is None:
-        schema, schemas = schema.copy(), {}
+    schemas = {} if schemas is None else schemas
     problems: list[str] = []
-    section = OmegaConf.get_type(schema)
-    assert section is not None
     options = {item.name: item.metadata for item in dataclasses.fields(section)}
     hints = get_type_hints(section)
+    if section not in schemas:
+        schemas[section] = editable(OmegaConf.structured(section))
+    tried = schemas[section]
     for key in given:
         name = f"{prefix}{key!s}"
         if key not in options:
@@ -134,21 +133,19 @@ def misfits(
             continue
         try:
             value = given[key]
-            if isinstance(schema._get_node(key), DictConfig) and not get_origin(_one_type(hints[key])):
+            if isinstance(tried._get_node(key), DictConfig) and not get_origin(_one_type(hints[key])):
                 inner, optional = _section_type(hints[key])
                 if isinstance(value, DictConfig):
-                    if inner not in schemas:
-                        schemas[inner] = editable(OmegaConf.structured(inner))
-                    problems += misfits(schemas[inner], value, f"{name}.", schemas)
+                    problems += misfits(inner, value, f"{name}.", schemas)
                 elif value is not None or not optional:
                     known = ", ".join(item.name for item in dataclasses.fields(inner))
                     problems.append(f"{name}: expected a section with {known}, found {value!r}")
                 continue
-            schema[key] = value
+            tried[key] = value
         except (OmegaConfBaseException, OverflowError) as error:
             problems.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        entries, typed = get_args(hints[key]), schema[key]
+        entries, typed = get_args(hints[key]), tried[key]
         if get_origin(hints[key]) is tuple and Ellipsis not in entries and len(typed) != len(entries):
             problems.append(f"{name}: expected {len(entries)} values, found {list(typed)}")
         values = typed if isinstance(typed, ListConfig) else [] if typed is None else [typed]

@@ -15,7 +15,6 @@ from ris_core.options import (
     Plain,
     deciding,
     digest,
-    editable,
     from_plain,
     misfits,
     option,
@@ -175,13 +174,12 @@ def test_texts_that_ask_are_found_wherever_they_are() -> None:
 
 
 def test_misfits_begin_with_the_keys_full_name() -> None:
-    schema = editable(OmegaConf.structured(Sizes))
     given = OmegaConf.create({"depth": 0, "loss": {"weight": -1}})
-    assert misfits(schema, given, "presets.long.mine.") == [
+    assert misfits(Sizes, given, "presets.long.mine.") == [
         "presets.long.mine.depth: 0 is below the minimum 1",
         "presets.long.mine.loss.weight: -1.0 is below the minimum 0",
     ]
-    assert misfits(schema, OmegaConf.create({"depth": 4}), "") == []
+    assert misfits(Sizes, OmegaConf.create({"depth": 4}), "") == []
 
 
 def test_deciding_leaves_out_what_decides_nothing_and_makes_lists_of_tuples() -> None:
