@@ -20,7 +20,7 @@ from ris_core.data.refer.reader import DATASETS
 from ris_core.data.shapes.flavours import FLAVOURS
 from ris_core.data.shapes.synthetic import SyntheticSpec
 from ris_core.data.shards import PreprocessParams
-from ris_core.errors import ConfigError, list_problems
+from ris_core.errors import ConfigError, list_problems, short
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.models.proposals import ProposalsParams
 from ris_core.models.registry import first_stage, system_class, systems, trains
@@ -84,7 +84,7 @@ def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
     raw = _read(path)
     presets = raw.pop("presets", None) or {}
     if not isinstance(presets, DictConfig | dict):
-        raise ConfigError(f"{path}: presets: expected a mapping of names to sections, found {presets!r}")
+        raise ConfigError(f"{path}: presets: expected a mapping of names to sections, found {short(presets)}")
     whole = _whole(kind)  # type: ignore[arg-type]  # classes are hashable, if not their instances
     schema = editable(OmegaConf.structured(whole))
     layers: dict[str, tuple[DictConfig, Mapping[str, Any]]] = {"": (_known(raw, schema), {})}
@@ -129,7 +129,7 @@ def _derived(presets: Mapping[Any, Any]) -> tuple[dict[str, DictConfig], list[st
     waiting, problems = dict(presets), []
     for name, preset in presets.items():
         if preset is not None and not isinstance(preset, DictConfig):
-            problems.append(f"presets.{name!s}: expected sections, found {preset!r}")
+            problems.append(f"presets.{name!s}: expected sections, found {short(preset)}")
             del waiting[name]
     while waiting:
         ready = [name for name, preset in waiting.items() if preset is None or preset.get("base") in (None, *found)]

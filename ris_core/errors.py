@@ -6,8 +6,12 @@ All problems of one input are collected and raised together, so that a user mend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from reprlib import Repr
 
 SHOWN_PROBLEMS = 20
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class RISError(Exception):
@@ -39,3 +43,8 @@ def list_problems(title: str, problems: Sequence[str], remedy: str = "") -> str:
     if remedy:
         lines.append(remedy)
     return "\n".join(lines)
+
+
+def short(value: object) -> str:
+    """Give a value as a message shows it: a few dozen characters, whatever its size, never written out whole."""
+    return _SHORT.repr(value)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ris_core.errors import ConfigError
+from ris_core.errors import ConfigError, short
 
 Plain = dict[str, Any]  # a dataclass as JSON has it: values of many types
 T = TypeVar("T")
@@ -139,7 +139,7 @@ def misfits(section: type, given: DictConfig, prefix: str, schemas: dict[type, D
                     problems += misfits(inner, value, f"{name}.", schemas)
                 elif value is not None or not optional:
                     known = ", ".join(item.name for item in dataclasses.fields(inner))
-                    problems.append(f"{name}: expected a section with {known}, found {value!r}")
+                    problems.append(f"{name}: expected a section with {known}, found {short(value)}")
                 continue
             tried[key] = value
         except (OmegaConfBaseException, OverflowError) as error:
@@ -170,7 +170,7 @@ def out_of_range(values: Iterable[Any], limits: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
     for each in values:
         if choices is not None and each not in choices:
-            problems.append(f"{each!r} is not one of {', '.join(map(str, choices))}")
+            problems.append(f"{short(each)} is not one of {', '.join(map(str, choices))}")
         if minimum is not None and not each >= minimum:  # so written, not-a-number is below everything
             problems.append(f"{each} is below the minimum {minimum}")
         if below is not None and not each < below:

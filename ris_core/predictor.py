@@ -22,7 +22,7 @@ from ris_core.data import masks
 from ris_core.data.images import ImageLike, read_image
 from ris_core.data.letterbox import Mode, letterbox_image
 from ris_core.device import autocast, best_device
-from ris_core.errors import DataError, WeightsError
+from ris_core.errors import DataError, WeightsError, short
 from ris_core.models.answer import Frame, Reading, choose, read_map, resized, smoothly_resized
 from ris_core.models.clip import normalise
 from ris_core.models.contract import MapSystem, ProposalSystem, System
@@ -127,7 +127,7 @@ class RISPredictor(ABC):
         """
         blank = [i for i, text in enumerate(expressions) if not isinstance(text, str) or not text.strip()]
         if blank or isinstance(expressions, str) or not len(expressions):
-            raise DataError(f"expressions must be a list of non-blank texts; got {expressions!r}")
+            raise DataError(f"expressions must be a list of non-blank texts; got {short(expressions)}")
         reading = self.reading if threshold is None else replace(self.reading, threshold=threshold)
         cut = [self.model.count_tokens(text) > self.most_tokens for text in expressions]
         found = self._answer(encoded, expressions, reading)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from ris_core.errors import ConfigError, WeightsError, list_problems
+from ris_core.errors import ConfigError, WeightsError, list_problems, short
 from ris_core.files import replaced_file, write_json
 from ris_core.weights import load_strictly, read_json, read_safetensors, read_state
 
@@ -338,7 +338,7 @@ def _wrong(content: Mapping[str, Any], **kinds: type) -> list[str]:
     """Tell what is missing or of another type than named, as lines."""
     problems = [f"{name}: missing" for name in kinds if name not in content]
     return problems + [
-        f"{name}: expected {kind.__name__}, found {content[name]!r}"
+        f"{name}: expected {kind.__name__}, found {short(content[name])}"
         for name, kind in kinds.items()
         if name in content and type(content[name]) is not kind
     ]

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ris_core.data.records import Reference, Sentence
+from ris_core.errors import short
 
 MAX_SIDE = 65_535  # pixels; the limit of JPEG
 _NUMBER = (int, float)
@@ -89,13 +90,13 @@ def parse_reference(entry: Any, position: int, splits: tuple[str, ...]) -> tuple
             faults = misfits(sentence, {"sent_id": int, "sent": str, "raw": str})
             wrong += [f"sentence {number}: {fault}" for fault in faults]
     if not wrong and entry["sent_ids"] != [sentence["sent_id"] for sentence in entry["sentences"]]:
-        wrong = [f"sent_ids {entry['sent_ids']} are not the ids of its sentences"]
+        wrong = [f"sent_ids {short(entry['sent_ids'])} are not the ids of its sentences"]
     if wrong:
         return Problem("malformed_ref", f"{where}: {'; '.join(wrong)}", blocking=True)
     if not entry["sentences"]:
         return Problem("no_sentences", f"{where}: it has no sentences", blocking=True)
     if entry["split"] not in splits:
-        text = f"{where}: its split '{entry['split']}' is not one of {', '.join(splits)}"
+        text = f"{where}: its split {short(entry['split'])} is not one of {', '.join(splits)}"
         return Problem("unknown_split", text, blocking=True)
     sentences = tuple(Sentence(s["sent_id"], s["sent"], s["raw"]) for s in entry["sentences"])
     reference = Reference(entry["ref_id"], entry["ann_id"], entry["category_id"], entry["split"], sentences)
@@ -108,9 +109,9 @@ def parse_image(entry: Any, position: int) -> ImageInfo | Problem:
     if not wrong:
         name, height, width = entry["file_name"], entry["height"], entry["width"]
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-            wrong.append(f"impossible size of {width}x{height} pixels")
+            wrong.append(f"impossible size of {short(width)}x{short(height)} pixels")
         if not name or PurePath(name).name != name:
-            wrong.append(f"file_name {name!r:.80} is not a plain file name")
+            wrong.append(f"file_name {short(name)} is not a plain file name")
     if wrong:
         return Problem("malformed_image", f"{_where('image', 'id', entry, position)}: {'; '.join(wrong)}")
     return ImageInfo(entry["id"], name, height, width)
@@ -123,11 +124,11 @@ def parse_annotation(entry: Any, position: int, categories: Mapping[int, str]) -
     if not wrong:
         box = dict(zip(("x", "y", "width", "height"), entry["bbox"], strict=False))
         if len(entry["bbox"]) != 4 or misfits(box, dict.fromkeys(box, _NUMBER)):
-            wrong.append(f"bbox must be four numbers, found {entry['bbox']!r:.60}")
+            wrong.append(f"bbox must be four numbers, found {short(entry['bbox'])}")
         if entry["iscrowd"] not in (0, 1):
-            wrong.append(f"iscrowd must be 0 or 1, found {entry['iscrowd']}")
+            wrong.append(f"iscrowd must be 0 or 1, found {short(entry['iscrowd'])}")
         if entry["category_id"] not in categories:
-            wrong.append(f"category_id {entry['category_id']} is not among the categories")
+            wrong.append(f"category_id {short(entry['category_id'])} is not among the categories")
     if wrong:
         return Problem("malformed_annotation", f"{_where('annotation', 'id', entry, position)}: {'; '.join(wrong)}")
     return Annotation(
@@ -164,14 +165,14 @@ def misfits(entry: Any, wanted: Mapping[str, _Kinds]) -> list[str]:
             wrong.append(f"no '{key}'")
         elif type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds)
-            wrong.append(f"'{key}' must be {names}, found {type(value).__name__} {value!r:.40}")
+            wrong.append(f"'{key}' must be {names}, found {type(value).__name__} {short(value)}")
         elif isinstance(value, _NUMBER) and not (abs(value) < 2**63 and math.isfinite(value)):
-            wrong.append(f"'{key}' is out of range: {value!r:.40}")
+            wrong.append(f"'{key}' is out of range: {short(value)}")
         elif isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            wrong.append(f"'{key}' is not valid Unicode: {value!r:.40}")
+            wrong.append(f"'{key}' is not valid Unicode: {short(value)}")
     return wrong
 
 
 def _where(what: str, key: str, entry: Any, position: int) -> str:
     known = isinstance(entry, dict) and type(entry.get(key)) is int
-    return f"{what} {entry[key]}" if known else f"{what} at position {position}"
+    return f"{what} {short(entry[key])}" if known else f"{what} at position {position}"

@@ -6,13 +6,12 @@ Everything that can be wrong with such a file becomes a `DataError` that names t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from ris_core.data.refer.plain_pickle import NotPlain, read_plain_pickle
 from ris_core.errors import DataError
 
 PICKLE_CAP_BYTES = 100 * 2**20  # the largest official refs file is well below half of this
@@ -61,17 +60,26 @@ def parse_pickle(content: bytes, path: Path, remedy: str) -> tuple[Any, str]:
         raise DataError(f"{path} is JSON text, not a pickle. {remedy}")
     try:
         try:
-            return _ContainersOnly(io.BytesIO(content), encoding="utf-8").load(), "utf-8"
+            return read_plain_pickle(content, "utf-8"), "utf-8"
         except UnicodeDecodeError:
-            return _ContainersOnly(io.BytesIO(content), encoding="latin-1").load(), "latin-1"
-    except _NotPlain as error:
+            return read_plain_pickle(content, "latin-1"), "latin-1"
+    except NotPlain as error:
         raise DataError(
             f"{path} asks for {error}, but a REFER pickle holds only lists, dicts, texts and numbers. Nothing was "
-            f"executed; the file may be malicious, so do not open it with pickle.load. {remedy}"
+            f"executed; {_of_a_library(str(error))}. {remedy}"
         ) from None
-    except Exception as error:  # a damaged stream fails in any way: EOFError, KeyError, TypeError, MemoryError, ...
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path} is damaged, cut short or no pickle at all ({reason}). {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged, cut short or no pickle at all ({error}). {remedy}") from None
+
+
+def _of_a_library(asked: str) -> str:
+    """Tell what to make of a pickle that asks for something: it may be an honest one, of other tools than REFER's."""
+    if "Python object numpy." in asked or "Python object collections.OrderedDict" in asked:
+        return (
+            "where you wrote the file yourself, write plain values: `pickle.dump(json.loads(json.dumps(refs, "
+            "default=lambda value: value.tolist())), file, protocol=2)`"
+        )
+    return "the file may be malicious, so do not open it with pickle.load"
 
 
 def parse_json(content: bytes, path: Path, remedy: str) -> Any:
@@ -80,18 +88,3 @@ def parse_json(content: bytes, path: Path, remedy: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged, cut short or no JSON at all ({error}). {remedy}") from None
-
-
-class _NotPlain(Exception):
-    """A pickle asked for something that is not a plain container, text or number."""
-
-
-class _ContainersOnly(pickle._Unpickler):
-    """The standard library's unpickler written in Python. It takes three seconds longer for RefCOCO than the one in C,
-    but one damaged byte can make that one fill gigabytes with an empty memo table."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise _NotPlain(f"the Python object {module}.{name}")
-
-    def persistent_load(self, identifier: Any) -> NoReturn:
-        raise _NotPlain(f"the external object {identifier!r}")
