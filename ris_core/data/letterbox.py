@@ -12,12 +12,15 @@ columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cachetools import LRUCache, cached
 
 from ris_core.errors import ConfigError, DataError
 
@@ -112,6 +115,12 @@ class _Taps(NamedTuple):
     weight: torch.Tensor  # (n, taps) float32
 
 
+def _nbytes(found: Iterable[torch.Tensor | _Taps]) -> int:
+    """Tell what a cached result holds: sizes of photos are endless, so that no cache is bounded by their number."""
+    parts = [part for each in found for part in (each if isinstance(each, tuple) else (each,))]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
+
 def _affine_from_points(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Give the affine (2, 3) float64 that maps three points (3, 2) onto three others.
 
@@ -178,7 +187,7 @@ def _cubic_weights(fraction: np.ndarray) -> np.ndarray:
     return weights
 
 
-@lru_cache(maxsize=512)
+@cached(LRUCache(32 * 2**20, _nbytes), lock=Lock())
 def _forward_taps(height: int, width: int, size: int, stride: int, kernel: Kernel, mode: Mode) -> tuple[_Taps, _Taps]:
     line_y, line_x = _source_lines(letterbox_matrix(height, width, size)[0])
     rows = _taps(line_y, size // stride, stride, height, kernel, mode)
@@ -223,7 +232,7 @@ def _canvas(side: int, border: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(border, dtype=torch.uint8).expand(side, side, len(border)).contiguous()
 
 
-@lru_cache(maxsize=512)
+@cached(LRUCache(64 * 2**20, _nbytes), lock=Lock())
 def _inverse_matrices(
     height: int, width: int, size: int, grid: tuple[int, int], mode: Mode, upsampling: Upsampling, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,14 +46,14 @@ class MapAnswer(NamedTuple):
 
     masks: torch.Tensor  # (N, h, w) bool
     scores: torch.Tensor  # (N,) float 0..1: how sure, the mean probability inside the mask, 0 for an empty one
-    probabilities: torch.Tensor  # (N, h, w) float32; the bicubic upsampling may go beyond 0..1
+    probabilities: torch.Tensor  # (N, h, w) float32 0..1
 
 
 def read_map(logits: torch.Tensor, frame: Frame, reading: Reading) -> MapAnswer:
     """Read logits (N, 1, g, g) of any float dtype over the square, about one image -> its answers."""
     square = logits.float().sigmoid()[:, 0]
     found = unletterbox(square, frame.height, frame.width, frame.image_size, frame.resample, reading.upsampling)
-    found = smoothly_resized(found, reading)
+    found = smoothly_resized(found, reading).clamp(0, 1)  # bicubic upsampling goes a little beyond
     masks = found > reading.threshold
     scores = (found * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1)
     return MapAnswer(masks, scores, found)
