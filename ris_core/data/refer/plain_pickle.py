@@ -240,7 +240,7 @@ def _quoted(machine: _Machine) -> None:
     line = machine.line()
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
         raise ValueError("a text without its quotes")
-    text, _ = codecs.escape_decode(line[1:-1])  # type: ignore[attr-defined]  # as pickle does; typeshed leaves it out
+    text, _ = codecs.escape_decode(line[1:-1])  # as pickle does
     machine.push_text(text, machine.encoding)
 
 
