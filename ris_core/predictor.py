@@ -9,18 +9,21 @@ A predictor keeps nothing of what it is asked, so that threads can share it: wha
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ris_core.data import masks
 from ris_core.data.images import ImageLike, read_image
 from ris_core.data.letterbox import Mode, letterbox_image
+from ris_core.data.outlines import polygons
 from ris_core.device import autocast, best_device
 from ris_core.errors import DataError, WeightsError, short
 from ris_core.models.answer import Frame, Reading, choose, read_map, resized, smoothly_resized
@@ -54,6 +57,18 @@ class Prediction:
         """Give COCO compressed RLE: {"size": [H, W], "counts": ascii}."""
         return {"size": list(self.mask.shape), "counts": masks.encode(self.mask)}
 
+    @property
+    def polygons(self) -> list[list[float]]:
+        """Give COCO polygons `[x0, y0, x1, y1, ...]` in pixels, one a piece; see `data.outlines.polygons`."""
+        return polygons(self.mask)
+
+    @property
+    def png(self) -> bytes:
+        """Give a PNG file, grey (H, W), 255 inside the mask and 0 outside."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.mask.astype(np.uint8) * np.uint8(255)).save(buffer, "PNG")
+        return buffer.getvalue()
+
 
 @dataclass(frozen=True)
 class EncodedImage(Generic[Features]):
@@ -66,6 +81,19 @@ class EncodedImage(Generic[Features]):
     width: int
     features: Features
     proposals: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Tell what it holds, in bytes, on whichever device."""
+        return _nbytes(self.features) + (0 if self.proposals is None else self.proposals.nbytes)
+
+
+def _nbytes(features: object) -> int:
+    if isinstance(features, torch.Tensor):
+        return features.nbytes
+    if is_dataclass(features):
+        return sum(_nbytes(getattr(features, each.name)) for each in fields(features))
+    return sum(_nbytes(each) for each in features) if isinstance(features, tuple) else 0
 
 
 class RISPredictor(ABC):
@@ -132,6 +160,23 @@ class RISPredictor(ABC):
         cut = [self.model.count_tokens(text) > self.most_tokens for text in expressions]
         found = self._answer(encoded, expressions, reading)
         return [replace(each, cut=was) for each, was in zip(found, cut, strict=True)]
+
+    def segment(
+        self, images: Sequence[ImageLike], expressions: Sequence[Sequence[str]], threshold: float | None = None
+    ) -> list[list[Prediction]]:
+        """Give for each of N images one prediction per expression about it: N lists of texts, or one list for all images.
+
+        Raises DataError for lists of another number, and as `encode` and `answer` do.
+        """
+        if isinstance(expressions, str) or all(isinstance(each, str) for each in expressions):
+            expressions = [cast("Sequence[str]", expressions)] * len(images)
+        if len(expressions) != len(images):
+            raise DataError(
+                f"{len(images)} images and {len(expressions)} lists of expressions: give a list for each, or one for all"
+            )
+        return [
+            self.answer(self.encode(image), texts, threshold) for image, texts in zip(images, expressions, strict=True)
+        ]
 
     def set_image(self, image: ImageLike) -> None:
         """Encode an image and remember it for `predict`. Raises as `encode` does, and then remembers none."""

@@ -6,8 +6,10 @@ photo (`load_image`) stays as it is stored: COCO's annotations are drawn on that
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,9 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535
 
 SHOWN = 200  # characters of a text that was given as a path
+
+_SPACE = re.compile(r"\s+")
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 class BadImage(DataError):
@@ -83,6 +88,24 @@ def decode_image(content: bytes) -> np.ndarray:
     """Decode an encoded image to RGB uint8 (H, W, 3), as it is stored. Raises BadImage, which names it by its size."""
     with opened(io.BytesIO(content), _by_size(content)) as image:
         return _rgb(image, _by_size(content))
+
+
+def from_base64(text: str) -> bytes:
+    """Give the bytes of an image in base64 as it comes: with line ends, as a data URI, URL-safe, or without its padding.
+
+    Raises DataError for anything else; what was given is not told, as it may be long, or nobody's business.
+    """
+    head, comma, rest = text.partition(",")
+    if comma and not (head.lstrip().lower().startswith("data:") and head.rstrip().lower().endswith(";base64")):
+        raise DataError(f"an image text of {len(text)} characters is not base64 of an encoded image")
+    plain = _SPACE.sub("", rest if comma else text).translate(_URL_SAFE).rstrip("=")
+    try:
+        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError:  # which also text beyond ASCII gives
+        content = b""
+    if not content:
+        raise DataError(f"an image text of {len(text)} characters is not base64 of an encoded image")
+    return content
 
 
 def _by_size(content: bytes) -> str:

@@ -20,7 +20,7 @@ PACKAGES = ("ris_core", "pipelines", "benchmarks")
 # as there is no circle.
 FLOORS = (
     {"errors"},
-    {"options"},
+    {"options", "yaml_file"},
     {"files"},
     {"storage"},
     {"device"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"weights"},
     {"data"},
     {"models"},
-    {"evaluation", "predictor"},
+    {"evaluation", "predictor", "encodings"},
     {"training"},
     {"config"},
     {"train"},

@@ -462,3 +462,24 @@ def test_what_cannot_be_proposed_of_a_new_photo_is_refused_with_the_reason(tiny:
     folder = export_choosing(tiny, tmp_path / "lost", generator="sam", sam_weights=str(tmp_path / "nowhere"))
     with pytest.raises(WeightsError, match=r"no SAM weights in .*nowhere"):
         RISPredictor.from_folder(folder)
+
+
+def test_a_mask_comes_as_runs_polygons_and_png(predictor: RISPredictor, picture: Path) -> None:
+    (prediction,) = predictor.answer(predictor.encode(picture), TEXTS[:1])
+    shape = prediction.mask.shape
+    assert 0 < prediction.mask.sum() < prediction.mask.size
+    assert (np.asarray(Image.open(io.BytesIO(prediction.png))) == prediction.mask * 255).all()
+    assert (masks.decode(prediction.rle["counts"], *shape) == prediction.mask).all()
+    again = masks.decode(masks.segmentation_to_counts(prediction.polygons, *shape), *shape)
+    assert (again != prediction.mask).mean() < 0.02
+
+
+def test_several_images_in_one_call(predictor: RISPredictor, tiny: Tiny) -> None:
+    paths = [tiny.raw / record.file_name for record in tiny.records()[:3]]
+    alone = [predictor.answer(predictor.encode(path), TEXTS[:2]) for path in paths]
+    for one, other in zip(predictor.segment(paths, TEXTS[:2]), alone, strict=True):
+        assert same(one, other)
+    for one, other in zip(predictor.segment(paths, [TEXTS[:2]] * 3), alone, strict=True):
+        assert same(one, other)
+    with pytest.raises(DataError, match="3 images and 2 lists of expressions"):
+        predictor.segment(paths, [TEXTS[:2]] * 2)

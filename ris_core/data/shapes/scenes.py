@@ -18,6 +18,8 @@ import contourpy
 import numpy as np
 from PIL import Image
 
+from ris_core.data.outlines import keyhole
+
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 ROUND = ("circle", "ring")
 COLOURS = {
@@ -270,7 +272,7 @@ def visible_polygons(scene: Scene, index: int) -> list[np.ndarray]:
     for points, offsets in zip(*tracer.filled(0.0, 1e6), strict=True):
         outline, *holes = (_simplify(points[a : b - 1]) for a, b in pairwise(offsets))
         for hole in holes:
-            outline = _keyhole(outline, hole)
+            outline = keyhole(outline, hole)
         pieces.append(np.round(outline + corner, 2))
     return [piece for piece in pieces if polygon_area(piece) >= _SLIVER]
 
@@ -303,9 +305,3 @@ def _simplify(ring: np.ndarray) -> np.ndarray:
             break
         ring = ring[~drop]
     return ring
-
-
-def _keyhole(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    nearest = int(np.argmin(np.hypot(*(outline - hole[0]).T)))
-    outline = np.roll(outline, -nearest, axis=0)
-    return np.concatenate([outline, outline[:1], hole, hole[:1]])

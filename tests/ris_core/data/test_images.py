@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import subprocess
 import zlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
-from ris_core.data.images import FORMATS, BadImage, decode_image, load_image, opened, read_image
+from ris_core.data.images import FORMATS, BadImage, decode_image, from_base64, load_image, opened, read_image
 from ris_core.errors import DataError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n%%EndComments\n0 0 9 6 rectfill\nshowpage\n%%EOF\n"
@@ -265,3 +266,34 @@ def test_what_goes_wrong_inside_the_block_has_the_given_name(jpeg: Path) -> None
         opened(jpeg, "the photo") as p,
     ):
         p.load()
+
+
+CONTENT = bytes(range(256)) + b"?>?"  # in base64 with + and /, which URLs write otherwise
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        base64.b64encode(CONTENT).decode(),
+        base64.b64encode(CONTENT).decode() + "\n",
+        base64.encodebytes(CONTENT).decode(),
+        base64.encodebytes(CONTENT).decode().replace("\n", "\r\n"),
+        base64.urlsafe_b64encode(CONTENT).decode(),
+        base64.b64encode(CONTENT + b"!").decode().rstrip("="),
+        "data:image/png;base64," + base64.b64encode(CONTENT).decode(),
+        " data:image/jpeg;name=a.jpg;BASE64," + base64.urlsafe_b64encode(CONTENT).decode().rstrip("="),
+    ],
+)
+def test_base64_is_read_in_all_its_forms(text: str) -> None:
+    assert from_base64(text).startswith(CONTENT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "====", "street.jpg", "straße", "data:image/png,abcd", "data:text/plain;base64,", "a,b,c", "QUJ DR\0UY", "Q"],
+)
+def test_what_is_no_base64_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"^an image text of {len(text)} characters is not base64 of an encoded image$"
+    ):
+        from_base64(text)
