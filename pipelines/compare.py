@@ -6,6 +6,7 @@ python -m pipelines.compare --dataset shapes
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -17,14 +18,13 @@ import pyarrow.parquet as pq
 import typer
 
 from pipelines import cluster, paths
-from pipelines.gallery import KINDS, answered, scenes
+from pipelines.gallery import KINDS, scenes, side_by_side
 from pipelines.params import Params
 from pipelines.scores import rounded, sorted_splits
 from pipelines.stage import check_names, params, run
 from ris_core import files
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError, list_problems
-from ris_core.evaluation.figures import captioned, grid
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, holm, iou, paired_bootstrap
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.models.answer import Reading
@@ -164,20 +164,20 @@ def hardest(table: pa.Table, systems: list[str]) -> list[Plain]:
 def draw(rows: list[Plain], chosen: Params, dataset: str, reading: Reading, out: Path) -> list[Plain]:
     """Write one JPEG per row into `out`, the systems' answers in a line; returns what the report says about each.
 
-    Each is captioned with its system and the IoU that was scored. Only one model is in memory at a time.
+    Only one model is in memory at a time.
     """
     seen = scenes(rows, ShardStore(paths.shards(dataset)), paths.raw(dataset))
-    device, columns = cluster.device(chosen.cluster.use_gpu), []
-    for system in chosen.systems:
-        model, precision = paths.model(system, dataset), chosen.evaluate.precision
-        predictor = RISPredictor.from_folder(model, device, reading=reading, precision=precision)
-        captions = (f"{system} {row['iou'][system]:.2f}" for row in rows)
-        drawings = zip(answered(rows, seen, predictor), captions, strict=True)
-        columns.append([captioned(drawn.picture, text) for drawn, text in drawings])
+
+    def predictors() -> Iterator[tuple[str, RISPredictor]]:
+        device, precision = cluster.device(chosen.cluster.use_gpu), chosen.evaluate.precision
+        for system in chosen.systems:
+            model = paths.model(system, dataset)
+            yield system, RISPredictor.from_folder(model, device, reading=reading, precision=precision)
+
     shown = []
-    for number, (row, *panel) in enumerate(zip(rows, *columns, strict=True)):
+    for number, (row, picture) in enumerate(zip(rows, side_by_side(rows, seen, predictors()), strict=True)):
         name = f"hard-{number:02d}-{row['kind']}.jpg"
-        grid(panel, columns=len(panel)).save(out / name, quality=85)
+        picture.save(out / name, quality=85)
         shown.append({"file": name, **{key: row[key] for key in ("text", "kind", "iou")}})
     return shown
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
@@ -56,13 +57,14 @@ def main(
     store.verify()
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
     protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
-    model, described = load_model(paths.model(system, dataset))  # a bad one is told before any actor starts
-    check_fit(described.info, store, system, dataset)
+    folder = paths.model(system, dataset)
+    model, described = load_model(folder)  # a bad one is told before any actor starts
+    check_fit(described.info, store, folder, dataset)
     wanted = jobs(protocols, splits, chosen.evaluate, model)
-    tables = score(chosen, system, dataset, wanted)
+    tables = score(chosen, system, folder, dataset, wanted)
 
     metrics: Plain = {}
-    with files.replaced_folder(paths.expressions(system, dataset)) as folder:
+    with files.replaced_folder(paths.expressions(system, dataset)) as answers:
         for protocol in protocols:
             for split in splits:
                 job = f"{protocol.name}/{split}"
@@ -70,19 +72,19 @@ def main(
                 if f"{job}/{BEST}" in tables:
                     part[BEST] = short(tables[f"{job}/{BEST}"], protocol)
                 metrics.setdefault(protocol.name, {})[split] = part
-                pq.write_table(tables[job], folder / f"{protocol.name}-{split}.parquet")
+                pq.write_table(tables[job], answers / f"{protocol.name}-{split}.parquet")
     for control in (*SHUFFLED, LOCATED, ORACLE):
         if control in tables and tables[control].num_rows:  # none where no image has two referents in this split
             metrics[protocols[0].name][chosen.evaluate.shuffled_split][control] = short(tables[control], protocols[0])
     out = paths.evaluation(system, dataset)
     files.write_json(out / "protocols.json", {p.name: asdict(p) for p in protocols})
     first = f"{protocols[0].name}/{splits[0]}"
-    with files.replaced_folder(out / "gallery") as folder:
+    with files.replaced_folder(out / "gallery") as pictures:
         rows = gallery.choose(tables[first])
-        predictor = predictor_of(chosen, system, dataset, protocols[0].reading)
-        shown = gallery.draw(rows, predictor, store, paths.raw(dataset), folder)
-        files.write_json(folder / "gallery.json", rounded(shown))
-    behave(chosen, system, dataset, store, splits[0], protocols[0])
+        predictor = predictor_of(chosen, folder, protocols[0].reading)
+        shown = gallery.draw(rows, predictor, store, paths.raw(dataset), pictures)
+        files.write_json(pictures / "gallery.json", rounded(shown))
+    behave(chosen, folder, dataset, store, splits[0], protocols[0], out)
     if isinstance(model, ProposalSystem):
         files.write_json(out / "setting.json", {"proposals": described.info.proposals, **model.facts()})
     files.write_json(out / "metrics.json", metrics)  # last: where it lies, all of them do
@@ -91,9 +93,8 @@ def main(
             typer.echo(headline(protocol.name, split, metrics[protocol.name][split]))
 
 
-def check_fit(info: ModelInfo, store: ShardStore, system: str, dataset: str) -> None:
-    """Raise WeightsError if a model is for images of another size, or for other proposals than were made."""
-    model = paths.model(system, dataset)
+def check_fit(info: ModelInfo, store: ShardStore, model: Path, dataset: str) -> None:
+    """Raise WeightsError if the model of a folder is for images of another size, or for other proposals than were made."""
     if info.image_size != store.image_size:
         sizes = f"is for images of {info.image_size} pixels, the shards hold {store.image_size}"
         raise WeightsError(f"{model} {sizes}: train again on these shards, or preprocess for this model")
@@ -108,16 +109,17 @@ def check_fit(info: ModelInfo, store: ShardStore, system: str, dataset: str) -> 
             )
 
 
-def predictor_of(params: Params, system: str, dataset: str, reading: Reading) -> RISPredictor:
+def predictor_of(params: Params, folder: Path, reading: Reading) -> RISPredictor:
     """Load a model to answer in this process as it was scored."""
     device, precision = cluster.device(params.cluster.use_gpu), params.evaluate.precision
-    return RISPredictor.from_folder(paths.model(system, dataset), device, reading=reading, precision=precision)
+    return RISPredictor.from_folder(folder, device, reading=reading, precision=precision)
 
 
-def behave(params: Params, system: str, dataset: str, store: ShardStore, split: str, protocol: Protocol) -> None:
+def behave(
+    params: Params, folder: Path, dataset: str, store: ShardStore, split: str, protocol: Protocol, out: Path
+) -> None:
     """Write what behavioural tests find, and what an answer costs; see ris_core/evaluation/{behaviour,cost}.py."""
-    out = paths.evaluation(system, dataset)
-    predictor = predictor_of(params, system, dataset, replace(protocol.reading, resolution="original"))
+    predictor = predictor_of(params, folder, replace(protocol.reading, resolution="original"))
     found = behaviour(predictor, store, paths.raw(dataset), split, BEHAVIOUR_IMAGES, params.evaluate.seed)
     files.write_json(out / "behaviour.json", rounded(found))
     image = int(store.images_of(split)[0])
@@ -143,8 +145,8 @@ def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, m
     return found
 
 
-def score(params: Params, system: str, dataset: str, wanted: list[Plain]) -> dict[str, pa.Table]:
-    """Make per-expression tables (evaluator.TABLE_SCHEMA), one per job, rows in the order of the data.
+def score(params: Params, system: str, folder: Path, dataset: str, wanted: list[Plain]) -> dict[str, pa.Table]:
+    """Make per-expression tables (evaluator.TABLE_SCHEMA) of a model, one per job, rows in the order of the data.
 
     Raises ClusterError if a GPU is wanted and the cluster has none.
     """
@@ -158,7 +160,7 @@ def score(params: Params, system: str, dataset: str, wanted: list[Plain]) -> dic
         cluster.check_resources(1, 1, int(use_gpu))
         road = Road.find()
         places = {
-            "model": road.offer(paths.model(system, dataset)),
+            "model": road.offer(folder),
             "shards": road.offer(paths.shards(dataset)),
         }
         if not trains(system):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,20 @@ def answered(rows: Sequence[Plain], seen: Sequence[Scene], predictor: RISPredict
         scale = max(1, round(SHOWN_SIDE / max(photo.shape[:2])))
         looked = None if prediction.location is None else heat(photo, prediction.location, scale)
         yield Drawn(prediction, overlay(photo, prediction.mask, truth, scale), looked)
+
+
+def side_by_side(
+    rows: Sequence[Plain], seen: Sequence[Scene], predictors: Iterable[tuple[str, RISPredictor]]
+) -> list[Image.Image]:
+    """Draw the answers of several models to each row in a line, each captioned with its name and the IoU that was scored.
+
+    A row's `iou` has a number per name. Where predictors are made as they are asked for, one is in memory at a time.
+    """
+    columns = []
+    for name, predictor in predictors:
+        drawings = zip(answered(rows, seen, predictor), rows, strict=True)
+        columns.append([captioned(drawn.picture, f"{name} {row['iou'][name]:.2f}") for drawn, row in drawings])
+    return [grid(list(panel), columns=len(columns)) for panel in zip(*columns, strict=True)]
 
 
 def choose(table: pa.Table) -> list[Plain]:

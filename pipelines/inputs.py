@@ -32,7 +32,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "initialise": ("train", "proposals"),
     "train": (),
     "evaluate": ("evaluate",),
-    "register": ("register",),
+    "register": ("register", "evaluate"),
     "compare": ("systems", "evaluate"),
 }
 PARTS = {"initialise": ("clip", "model", "initialise"), "train": ("model", "train")}
@@ -57,7 +57,7 @@ PLUMBING = {
                 "stage",
                 "tracking",
             ),
-            *("job", "outputs", "packing", "submit", "transport"),
+            *("job", "outputs", "packing", "relocation", "submit", "transport", "versions"),
         )
     ),
     *(f"ris_core.{name}" for name in ("config", "errors", "files", "options", "storage", "yaml_file")),
@@ -67,10 +67,10 @@ PLUMBING = {
 BESIDE = {
     "ris_core.models.clip": ("ris_core/models/configs/*.json",),
     "ris_core.data.refer.reader": ("ris_core/data/refer/*.json",),
-    "pipelines.registry": ("pipelines/serving_model.py",),
+    "pipelines.packaging": ("pipelines/serving_model.py",),
     # What is packaged, and how: there the code of errors and options runs with a stranger's files.
     "pipelines.serving_model": (
-        "pipelines/registry.py",
+        "pipelines/packaging.py",
         *(f"ris_core/{name}.py" for name in ("errors", "files", "options")),
     ),
     "pipelines.report": ("pipelines/published.json", "pipelines/templates/*"),

@@ -65,7 +65,7 @@ def model_folder(model: str) -> Path:
     if not model.startswith(("models:/", "runs:/")):
         return Path(model).expanduser()
     try:
-        from pipelines.registry import fetch  # MLflow takes seconds, and a folder needs none of it
+        from pipelines.versions import fetch  # MLflow takes seconds, and a folder needs none of it
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{model} needs {error.name}, which is not installed here: pip install 'ris[serve]'"

@@ -27,7 +27,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines import paths
+from pipelines import paths, relocation
 from pipelines.fingerprint import git_commit
 from ris_core.errors import ClusterError
 
@@ -63,7 +63,9 @@ def connect() -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(place)
     try:
-        with _alone(place):
+        with alone("mlflow"):  # which creates its tables unguarded
+            if place.startswith(SQLITE):
+                relocation.follow(_database(place))
             client = mlflow.MlflowClient()
             client.search_experiments(max_results=1)
     except (mlflow.MlflowException, SQLAlchemyError) as error:
@@ -72,12 +74,12 @@ def connect() -> MlflowClient:
 
 
 @contextmanager
-def _alone(place: str) -> Iterator[None]:
-    """Keep out of the block other processes that use the same sqlite store: MLflow creates its tables unguarded."""
-    if not place.startswith(SQLITE):
+def alone(what: str) -> Iterator[None]:
+    """Keep out of the block other processes that do the same with the same sqlite store; a server has no such lock."""
+    if not uri().startswith(SQLITE):
         yield
         return
-    with _database(place).with_suffix(".lock").open("w") as lock:
+    with (_database(uri()).parent / f"{what}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         yield
 

@@ -375,7 +375,7 @@ CHANGES = [
     Change(
         "a value of proposals",
         lambda c: c.set("proposals.felzenszwalb.sigma", 0.7),
-        names("propose") | names("initialise", "train", "register", of=("global_local",)) | names("evaluate") | AFTER,
+        names("propose") | names("initialise", "train", of=("global_local",)) | names(*SCORED) | AFTER,
     ),
     Change("a value of the gate", lambda c: c.set("register.minimum", 0.1), names("register")),
     Change(
@@ -383,7 +383,7 @@ CHANGES = [
         lambda c: c.edit("ris_core/models/lts/prior.py"),
         names("initialise", "train", *SCORED, of=("lts",)) | names("compare"),
     ),
-    Change("a module of evaluation", lambda c: c.edit("ris_core/evaluation/cost.py"), names("evaluate")),
+    Change("a module of evaluation", lambda c: c.edit("ris_core/evaluation/cost.py"), names(*SCORED)),
     Change(
         "a module of the embedded world",
         lambda c: c.edit("ris_core/data/shapes/wording.py"),
@@ -398,7 +398,7 @@ CHANGES = [
         names("register"),
         resolve=False,
     ),
-    Change("pictures", lambda c: c.edit("pipelines/gallery.py"), names("evaluate", "compare"), resolve=False),
+    Change("pictures", lambda c: c.edit("pipelines/gallery.py"), names(*SCORED, "compare"), resolve=False),
     Change("where Ray is started", lambda c: c.edit("pipelines/cluster.py"), set(), resolve=False),
     Change(
         "how errors read, also those of the packaged model", lambda c: c.edit("ris_core/errors.py"), names("register")

@@ -100,7 +100,7 @@ def test_actors_find_what_one_process_finds(
     tiny, untrained = prepared.tiny, prepared.trained
     params = prepared.change(cluster={"evaluate_actors": actors})
     monkeypatch.setattr(evaluate, "PIECE", 7)  # many pieces, which cut through images
-    tables = evaluate.score(params, SYSTEM, DATASET, JOBS)
+    tables = evaluate.score(params, SYSTEM, paths.model(SYSTEM, DATASET), DATASET, JOBS)
     assert list(tables) == [job["job"] for job in JOBS]
     for job in JOBS:
         found, expected = tables[job["job"]], one_process(tiny, untrained, job)
@@ -268,7 +268,7 @@ def test_bf16_is_used_and_changes_scores_by_little(marking: Workplace, ray_sessi
     """Autocast works on a CPU too, where nothing asks for it by default."""
     job = {"job": "ours/val", "protocol": "ours", "split": "val", "seed": 0}
     params = marking.change(evaluate={"precision": "bf16"})
-    found = evaluate.score(params, SYSTEM, DATASET, [job])["ours/val"]
+    found = evaluate.score(params, SYSTEM, paths.model(SYSTEM, DATASET), DATASET, [job])["ours/val"]
     expected = one_process(marking.tiny, paths.model(SYSTEM, DATASET), job)
     assert found.drop_columns(CHANGING).equals(expected.drop_columns(CHANGING))
     differences = np.abs(found["score"].to_numpy() - expected["score"].to_numpy())
@@ -329,7 +329,7 @@ def test_no_more_actors_are_asked_for_than_the_cluster_holds(
     monkeypatch.setattr(evaluate, "PIECE", 1)
     params = prepared.change(cluster={"evaluate_actors": 8, "use_gpu": gpus})
     with pytest.raises(Asked) as asked:
-        evaluate.score(params, SYSTEM, DATASET, JOBS)
+        evaluate.score(params, SYSTEM, paths.model(SYSTEM, DATASET), DATASET, JOBS)
     assert asked.value.args == (actors,)
 
 

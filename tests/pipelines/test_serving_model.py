@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowException
 from PIL import Image
 from pipelines_world import export_untrained
 from tiny_world import Tiny
 
 from pipelines.serving_model import RISModel
-from ris_core.errors import ConfigError, DataError
+from ris_core.errors import ConfigError
 from ris_core.predictor import EncodedImage
 
 TEXTS = ["the red star", "the big circle", "left", "the blue ring next to the star"]
@@ -94,10 +96,33 @@ def test_nothing_of_a_request_is_there_for_the_next(nothing: Any, tiny: Tiny, tm
     export_untrained(tiny, tmp_path / "cris", "cris")
     model = served(tmp_path / "cris")
     ask(model, [PICTURES[0]], TEXTS[:1])
-    with pytest.raises(DataError, match="row 0: an image is a path, encoded bytes, an array or a PIL image; got"):
-        ask(model, [nothing], TEXTS[:1])
-    with pytest.raises(DataError, match=r"\(1 problem\):\n  - row 1: an image is"):
-        ask(model, [PICTURES[0], nothing], TEXTS[:2])
+    (refused,) = ask(model, [nothing], TEXTS[:1])
+    assert refused["error"].startswith("an image is a path, encoded bytes, an array or a PIL image; got")
+    (alone,) = ask(model, [PICTURES[0]], TEXTS[:1])
+    assert ask(model, [PICTURES[0], nothing], TEXTS[:2]) == [alone, refused], "a bad row spoils no other"
+
+
+def test_a_bad_row_spoils_no_other_and_json_can_hold_the_answers(tiny: Tiny, tmp_path: Path) -> None:
+    export_untrained(tiny, tmp_path / "cris", "cris")
+    model = served(tmp_path / "cris")
+    good = base64.b64encode(PICTURES[0]).decode()
+    broken = base64.b64encode(PICTURES[0][:200]).decode()
+    images = [good, broken, good, "no base64!", good, base64.encodebytes(PICTURES[0]).decode()]
+    texts = [TEXTS[0], TEXTS[0], " ", TEXTS[0], TEXTS[1], TEXTS[0]]
+    answers = ask(model, images, texts)
+    (alone,) = ask(model, [good], TEXTS[:1])
+    assert [answer["error"] is None for answer in answers] == [True, False, False, False, True, True]
+    for same in (answers[0], answers[5]):
+        assert {**same, "score": 0} == {**alone, "score": 0}
+    assert all(answer["counts"] is None and answer["height"] is None for answer in answers[1:4])
+    assert json.loads(json.dumps(answers, allow_nan=False)) == answers
+    assert str(tmp_path) not in json.dumps(answers)
+
+
+def test_a_request_without_its_columns_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    export_untrained(tiny, tmp_path / "cris", "cris")
+    with pytest.raises(MlflowException, match=r"^columns are missing: image, text$"):
+        served(tmp_path / "cris").predict(None, pd.DataFrame({"picture": ["x"]}))  # type: ignore[arg-type]
 
 
 def test_a_path_is_read_only_for_whoever_loaded_the_model_so(tiny: Tiny, tmp_path: Path) -> None:
@@ -106,16 +131,18 @@ def test_a_path_is_read_only_for_whoever_loaded_the_model_so(tiny: Tiny, tmp_pat
     there, absent = str(tmp_path / "photo.png"), str(tmp_path / "none.png")
     closed, opened = served(tmp_path / "cris"), served(tmp_path / "cris", allow_paths=True)
     assert ask(opened, [there], TEXTS[:1]) == ask(closed, [PICTURES[0]], TEXTS[:1])
-    refusals = set()
     for path in (there, absent):
-        with pytest.raises(DataError, match="is not base64 of an encoded image") as refusal:
-            ask(closed, [path], TEXTS[:1], allow_paths=True)
-        refusals.add(str(refusal.value).replace(path[:40], "PATH"))
-    assert len(refusals) == 1, "which files exist is not told"
+        (refused,) = ask(closed, [path], TEXTS[:1], allow_paths=True)
+        told = f"an image text of {len(path)} characters is not base64 of an encoded image"
+        assert refused["error"] == told, "which files exist is not told"
+    (missing,) = ask(opened, [absent], TEXTS[:1])
+    assert missing["error"] == f"no image at {absent}"
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), 7.0, -1.0])
-def test_a_threshold_that_is_no_probability_is_refused(threshold: float, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threshold", [float("nan"), 7.0, -1.0, "high", None])
+def test_a_threshold_that_is_no_probability_is_refused(threshold: Any, tiny: Tiny, tmp_path: Path) -> None:
     export_untrained(tiny, tmp_path / "cris", "cris")
-    with pytest.raises(ConfigError, match="use 0 to 1"):
+    with pytest.raises(ConfigError) as refusal:
         ask(served(tmp_path / "cris"), [PICTURES[0]], TEXTS[:1], threshold=threshold)
+    assert isinstance(refusal.value, MlflowException), "then servers tell its reason"
+    assert "use 0 to 1" in str(refusal.value) or "float" in str(refusal.value)
