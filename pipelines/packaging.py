@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import io
 import re
 import shutil
@@ -98,11 +99,13 @@ def write_code(place: Path) -> tuple[Path, Path]:
 @contextmanager
 def importable(package: Path) -> Iterator[None]:
     """Let a package be imported inside the block; nothing is left of it afterwards, as its folder goes away."""
-    sys.path.insert(0, str(package.parent))
+    place = str(package.parent.absolute())
+    sys.path.insert(0, place)
+    importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(str(package.parent))
+        sys.path.remove(place)
         for name in [name for name in sys.modules if name.split(".")[0] == package.name]:
             del sys.modules[name]
 

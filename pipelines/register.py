@@ -52,6 +52,7 @@ def main(
     tags |= {f"{each}/{measure}": scored(part, measure) for each, part in parts.items() for measure in MEASURES}
     candidate = gate.Candidate(name, system, dataset, PROTOCOLS[protocol], split, model, table, tags)
     client = tracking.connect()
+    versions.ensure(client, name)
     with versions.alone(client, name):
         version, told = register(candidate, chosen, client, info, parts)
     files.write_json(

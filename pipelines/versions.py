@@ -142,19 +142,23 @@ def user() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-@contextmanager
-def alone(client: MlflowClient, name: str) -> Iterator[None]:
-    """Keep all others from registering or moving versions of this model inside the block; the model is made if it is not there.
-
-    On an embedded store by a lock of the file system; a server has none, so there by a tag of the model: whoever finds the
-    own name there after a while has it.
-    """
+def ensure(client: MlflowClient, name: str) -> None:
+    """Make a registered model without versions, if it is not there."""
     if not client.search_registered_models(f"name = '{name}'"):
         try:
             client.create_registered_model(name)
         except MlflowException as error:  # another process did between the two calls
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+
+@contextmanager
+def alone(client: MlflowClient, name: str) -> Iterator[None]:
+    """Keep all others from registering or moving versions of this model, which has to be there, inside the block.
+
+    On an embedded store by a lock of the file system; a server has none, so there by a tag of the model: whoever finds the
+    own name there after a while has it.
+    """
     if tracking.uri().startswith(tracking.SQLITE):
         with tracking.alone(f"registering-{name}"):
             yield
@@ -199,6 +203,16 @@ def _where(client: MlflowClient, model: str) -> str:
         return f" (its files: {client.get_model_version_download_uri(found.name, found.version)})"
     except (ClusterError, ConfigError, MlflowException):
         return ""
+
+
+def name_of(model: str) -> str:
+    """Give the name in `models:/name@alias`, `name/version` or `name`."""
+    return model.removeprefix("models:/").partition("@")[0].partition("/")[0]
+
+
+def when(milliseconds: int) -> str:
+    """Give a time of MLflow's in UTC, to the minute."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def find(client: MlflowClient, model: str) -> ModelVersion:

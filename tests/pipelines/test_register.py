@@ -256,6 +256,7 @@ def test_two_at_once_end_on_the_better_whoever_is_last(workplace: Workplace, sto
     register.main("cris", "shapes")
     order: list[str] = []
     client = tracking.connect()
+    versions.ensure(client, NAME)
 
     def one(name: str) -> None:
         with versions.alone(client, NAME):
