@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +63,7 @@ def main(
             failures.append(engine.failure)
             server.should_exit = True
 
+    _quiet()
     app = create_app(served, limits, token, loaded)
     config = uvicorn.Config(
         app,
@@ -147,6 +150,12 @@ def _tell(listener: socket.socket, token: str | None) -> None:
             "secret that clients send, or listen at 127.0.0.1",
             file=sys.stderr,
         )
+
+
+def _quiet() -> None:
+    """Keep from the log what libraries think of bytes that anybody may send: the sender is told."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:

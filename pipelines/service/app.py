@@ -60,6 +60,7 @@ def create_app(
         description=DESCRIPTION,
         docs_url=None,  # FastAPI's page of documents loads scripts from another host
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         responses=_documented("unauthorized", "internal"),
     )

@@ -102,7 +102,8 @@ class Desk:
         gone = asyncio.ensure_future(_gone(request))
         try:
             left = job.deadline - time.monotonic()
-            await asyncio.wait({answers, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {answers, gone}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if answers.done():
                 return answers.result()
             if gone.done():

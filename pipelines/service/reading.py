@@ -95,22 +95,21 @@ def _from_form(form: FormData, content: bytes | None, limits: Limits) -> Asked:
     problems = [f"{short(name)}: there is no such field" for name in dict.fromkeys(form) if name not in FORM_FIELDS]
     if content is None:
         problems.append("image: send a file in the field `image`")
-    given: dict[str, Any] = {"expressions": form.getlist("expression")}
+    texts, given = form.getlist("expression"), {}
     for name in ("model", "threshold", "masks", "location"):
         values = form.getlist(name)
         if len(values) > 1:
             problems.append(f"{name}: it is given {len(values)} times")
         if values:
             given[name] = values[0]
-    problems += [
-        f"{name}: a file where text is expected"
-        for name in given
-        if any(isinstance(value, UploadFile) for value in form.getlist("expression" if name == "expressions" else name))
+    files = [
+        name for name in FORM_FIELDS - {"image"} if any(isinstance(each, UploadFile) for each in form.getlist(name))
     ]
+    problems += [f"{name}: a file, where text is expected" for name in files]
     if problems:
         raise Refusal("invalid", "the form cannot be answered", problems)
     try:
-        options = Asking.model_validate_strings(given, strict=False)
+        options = Asking.model_validate_strings(given, strict=False).model_copy(update={"expressions": texts})
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
     assert content is not None
@@ -120,10 +119,14 @@ def _from_form(form: FormData, content: bytes | None, limits: Limits) -> Asked:
 def _invalid(problems: Sequence[Mapping[str, Any]]) -> Refusal:
     """Tell what pydantic found, each by its place."""
     told = [
-        f"{'.'.join(str(part) if isinstance(part, int) else short(part)[1:-1] for part in each['loc'])}: {each['msg']}"
-        for each in problems[:SHOWN_PROBLEMS]
+        ": ".join([*([_place(each["loc"])] if each["loc"] else []), each["msg"]]) for each in problems[:SHOWN_PROBLEMS]
     ]
-    return Refusal("invalid", f"the request cannot be answered ({len(problems)} problems)", told)
+    return Refusal("invalid", "the request cannot be answered", told)
+
+
+def _place(parts: Sequence[int | str]) -> str:
+    """Name a field, which may be one of the client's own making, of any length."""
+    return ".".join(str(part) if isinstance(part, int) else short(part)[1:-1] for part in parts)
 
 
 def _asked(image: bytes, options: Asking, limits: Limits) -> Asked:
