@@ -168,6 +168,7 @@ async function card(model, phrase, index, outcome) {
     const told = Object.assign(document.createElement("p"), { className: "failed", textContent: capital(error.message) });
     figure.querySelector(".pictures").replaceWith(told);
     figure.querySelector(".sure").remove();
+    figure.querySelector(".looked").remove();
     return figure;
   }
   const { height, width } = outcome.value.image;
@@ -191,19 +192,25 @@ async function card(model, phrase, index, outcome) {
     : `The picture with what ${model} marks for “${phrase}”`);
   if (answer.area > 0) mark(canvas, await grey(answer.mask.png, canvas), COLOURS[index % COLOURS.length]);
   pictures.append(canvas);
-  if (byId("location").checked) {
-    const words = document.createElement("p");
-    words.textContent = answer.location ? "Where it looked" : "This system has no map of where it looked.";
-    pictures.append(words);
-    if (answer.location) {
-      const looked = ground(width, height);
-      looked.setAttribute("role", "img");
-      looked.setAttribute("aria-label", `Where ${model} looked for “${phrase}”`);
-      heat(looked, await grey(answer.location.png, looked));
-      pictures.append(looked);
-    }
-  }
+  if (byId("location").checked) await look(figure.querySelector(".looked"), answer.location, ground(width, height), model, phrase);
   return figure;
+}
+
+/** Show where a system looked, brightest where most. */
+async function look(place, location, canvas, model, phrase) {
+  const words = document.createElement("p");
+  place.append(words);
+  if (!location) {
+    words.textContent = "No map of where it looked: this system has none.";
+    return;
+  }
+  const levels = await grey(location.png, canvas);
+  const most = levels.reduce((found, level) => Math.max(found, level), 0);
+  words.textContent = `Where it looked: from 0 to ${(most / 255).toFixed(2)}`;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `Where ${model} looked for “${phrase}”`);
+  heat(canvas, levels, Math.max(1, most));
+  place.append(canvas);
 }
 
 const percent = (share) => (share < 0.001 ? "less than 0.1 %" : `${(share * 100).toFixed(1)} %`);
@@ -257,13 +264,13 @@ function mark(canvas, mask, colour) {
   context.putImageData(image, 0, 0);
 }
 
-/** Lay a map over the picture: dark where 0, then violet, orange and pale yellow towards 1. */
-function heat(canvas, map) {
+/** Lay a map over the picture: dark where 0, then violet, orange and pale yellow towards the most there is. */
+function heat(canvas, map, most) {
   const stops = [[10, 10, 40], [120, 28, 109], [237, 105, 37], [252, 255, 164]];
   const context = canvas.getContext("2d");
   const image = context.getImageData(0, 0, canvas.width, canvas.height);
   map.forEach((level, i) => {
-    const place = (level / 255) * (stops.length - 1);
+    const place = (level / most) * (stops.length - 1);
     const below = Math.min(stops.length - 2, Math.floor(place));
     for (let c = 0; c < 3; c++) {
       const colour = stops[below][c] + (stops[below + 1][c] - stops[below][c]) * (place - below);

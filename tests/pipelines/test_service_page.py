@@ -133,8 +133,8 @@ def test_a_picture_is_dropped_and_masks_are_seen(
         assert page.locator(".phrase h2").all_text_contents() == PHRASES
         assert page.locator("figcaption .system").all_text_contents() == SYSTEMS * 2
         assert "2 phrases" in page.locator("#status").text_content()
-        assert page.locator(".pictures").nth(1).locator("canvas").count() == 2  # LTS' mask, and its map
-        assert "no map" in page.locator(".pictures").nth(0).text_content()
+        assert page.locator("figure").nth(1).locator("canvas").count() == 2  # LTS' mask, and its map
+        assert "this system has none" in page.locator("figure").nth(0).text_content()
         plain = np.asarray(Image.open(io.BytesIO(PICTURE)))
         predictor = RISPredictor.from_folder(folders["cris"])
         (expected, _) = predictor.answer(predictor.encode(PICTURE), PHRASES)
