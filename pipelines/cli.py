@@ -16,6 +16,7 @@ from ris_core.errors import RISError
 
 VERBS = {  # what the first line of its `main` says
     "predict": "Mark the object an expression names: writes a picture, prints the score and the mask's size.",
+    "serve": "Serve models over HTTP, with a page to try them; a token of clients is read from RIS_TOKEN.",
     "resolve": "Write the values that every stage reads, merged from params.yaml, its preset and the defaults.",
     "synthesize": "Write a synthetic dataset in exactly the official RefCOCO files.",
     "prepare": "Read a dataset, check everything about it, and write records and the audit report.",

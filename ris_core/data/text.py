@@ -23,14 +23,26 @@ START_ID = 49406
 END_ID = 49407
 PAD_ID = 0
 
+MOST_WORDS = 100_000  # whose byte pairs are remembered; the vocabulary of all expressions of RefCOCO is a tenth of it
+
 ExpressionKind = Literal["attribute", "location", "order", "relation", "size"]
+
+
+class _Words(dict[str, str]):
+    """What open_clip remembers of words, which is all that it ever read; here, no more of them once there are many."""
+
+    def __setitem__(self, word: str, pairs: str) -> None:
+        if len(self) < MOST_WORDS:
+            super().__setitem__(word, pairs)
 
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer  # takes a good second to import: only when a text is really encoded
 
-    return SimpleTokenizer()
+    tokenizer = SimpleTokenizer()
+    tokenizer.cache = _Words(tokenizer.cache)
+    return tokenizer
 
 
 def encode(text: str) -> list[int]:

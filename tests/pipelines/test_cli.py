@@ -18,7 +18,18 @@ from ris_core.evaluation.figures import overlay
 from ris_core.predictor import RISPredictor
 
 MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
-VERBS = [*MAKING, "evaluate", "register", "registry", "reproduce", "compare", "report", "predict", "submit"]
+VERBS = [
+    *MAKING,
+    "evaluate",
+    "register",
+    "registry",
+    "reproduce",
+    "compare",
+    "report",
+    "predict",
+    "serve",
+    "submit",
+]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""
 import sys
