@@ -16,6 +16,8 @@ from ris_core.errors import RISError
 
 VERBS = {  # what the first line of its `main` says
     "predict": "Mark the object an expression names: writes a picture, prints the score and the mask's size.",
+    "import-checkpoint": "Make a model folder of an official CRIS checkpoint.",
+    "export-checkpoint": "Write a CRIS model as the official code's checkpoints are written.",
     "resolve": "Write the values that every stage reads, merged from params.yaml, its preset and the defaults.",
     "synthesize": "Write a synthetic dataset in exactly the official RefCOCO files.",
     "prepare": "Read a dataset, check everything about it, and write records and the audit report.",
