@@ -16,6 +16,7 @@ from ris_core.errors import RISError
 
 VERBS = {  # what the first line of its `main` says
     "predict": "Mark the object an expression names: writes a picture, prints the score and the mask's size.",
+    "predict-batch": "Answer many expressions about many images with all of a machine or cluster; goes on where it was stopped.",
     "import-checkpoint": "Make a model folder of an official CRIS checkpoint.",
     "export-checkpoint": "Write a CRIS model as the official code's checkpoints are written.",
     "resolve": "Write the values that every stage reads, merged from params.yaml, its preset and the defaults.",

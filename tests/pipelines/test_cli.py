@@ -19,7 +19,7 @@ from ris_core.evaluation.figures import overlay
 from ris_core.predictor import RISPredictor
 
 MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
-USING = ["predict", "import-checkpoint", "export-checkpoint"]
+USING = ["predict", "predict-batch", "import-checkpoint", "export-checkpoint"]
 VERBS = [*MAKING, "evaluate", "register", "compare", "report", *USING, "submit"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""

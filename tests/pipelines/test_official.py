@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from pipelines_world import contents, export_untrained, python
+from pipelines_world import contents, export_untrained
 
 from pipelines import cli, export_checkpoint, import_checkpoint, official
 from ris_core.errors import ConfigError, WeightsError
@@ -206,17 +207,22 @@ def test_nothing_is_written_where_something_is_or_nothing_can_be(
 
 
 @pytest.mark.parametrize("verb", ["import-checkpoint", "export-checkpoint"])
-def test_a_disk_that_is_full_leaves_nothing(verb: str, checkpoint: Path) -> None:
+def test_a_disk_that_is_full_leaves_nothing(
+    verb: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As far as the largest file that a process may write is a small disk."""
     import_checkpoint.main(checkpoint, Path("model"), 128, 12, 4)
     given = (str(checkpoint), *GEOMETRY) if verb == "import-checkpoint" else ("model",)
-    small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); from pipelines.cli import app; "
-    code = f"{small} sys.argv = ['ris', *{[verb, *given, '--out', 'below/new']!r}]; app()"
-    done = python("-c", code, cwd=Path.cwd())
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --out below/new cannot be written: ")
-    assert "File too large" in done.stderr
-    assert done.stderr.count("\n") == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    try:
+        code, _, err = ris(verb, *given, "--out", "below/new", monkeypatch=monkeypatch, capsys=capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert err.startswith("error: --out below/new cannot be written: ")
+    assert "File too large" in err
+    assert err.count("\n") == 1
     assert not list(Path("below").iterdir())
 
 
