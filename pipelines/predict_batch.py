@@ -172,16 +172,22 @@ def _entry(photo: Photo, rows: list[int], texts: pa.ChunkedArray) -> Plain:
     return {"file": file, "problem": photo.problem, "rows": rows, "texts": texts.take(pa.array(rows)).to_pylist()}
 
 
+def travelling(units: list[list[Plain]], road: Road) -> list[dict[str, str]]:
+    """Give rows for `Answerer`, with places at which workers find the photos of a unit."""
+    found = []
+    for images in units:
+        photos = road.offer(ROOT, [image["file"] for image in images if image["file"] is not None])
+        found.append({"unit": json.dumps({"photos": photos.plain(), "images": images})})
+    return found
+
+
 def answered(units: list[list[Plain]], model: Path, threshold: float) -> Iterator[pa.Table]:
     """Give tables of `batch_answers.FOUND` as they come, made by one actor for each GPU, or each CPU, of the cluster."""
     with cluster.connected():
         use_gpu = cluster.has_gpu("auto")
         cluster.check_resources(1, 1, int(use_gpu))
         road = Road.find()
-        items = []
-        for images in units:
-            photos = road.offer(ROOT, [image["file"] for image in images if image["file"] is not None])
-            items.append({"unit": json.dumps({"photos": photos.plain(), "images": images})})
+        items = travelling(units, road)
         data = cluster.data()
         actors = cluster.held(len(items), 1, int(use_gpu))
         rows = data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -24,13 +24,14 @@ from pipelines_world import REPOSITORY, contents, python
 
 from pipelines import batch_answers, batch_output, cli, predict_batch
 from pipelines.batch_answers import Answerer
-from pipelines.transport import Place
+from pipelines.transport import Place, Road
 from ris_core.data import masks
 from ris_core.errors import ConfigError, DataError
 from ris_core.models.clip import load_saved_clip
 from ris_core.models.registry import ModelInfo, build_model, export_model
 from ris_core.options import Plain
 from ris_core.predictor import RISPredictor
+from ris_core.storage import Storage
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -42,8 +43,8 @@ OUT = Path("out")
 def in_this_process(units: list[list[Plain]], model: Path, threshold: float) -> Iterator[pa.Table]:
     """What `predict_batch.answered` gives, without Ray; the last unit comes first."""
     answerer = Answerer(Place(str(model)), threshold)
-    for images in reversed(units):
-        yield answerer(pa.table({"unit": [json.dumps({"photos": Place("/").plain(), "images": images})]}))
+    for item in reversed(predict_batch.travelling(units, Road(None))):
+        yield answerer(pa.table({"unit": [item["unit"]]}))
 
 
 # The same as a program of its own, which is killed in the midst of its fourth file.
@@ -194,6 +195,29 @@ def test_tables_of_all_kinds_ask_the_same(asked: pa.Table, model: Path, plain: N
         assert table.drop_columns(["image"]).to_pylist() == expected.drop_columns(["image"]).to_pylist(), kind
         assert len(set(table["image"].to_pylist())) == 7, kind
     assert sorted(path.name for path in Path("bytes").iterdir() if path.name[0] == ".") == []
+
+
+def test_workers_that_share_no_folder_get_model_and_photos_through_the_storage(
+    photos: list[str], asked: pa.Table, model: Path, plain: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIS_CACHE", str(tmp_path / "cache"))
+    road = Road(Storage(str(tmp_path / "storage")))
+    expected = batch("asked.parquet", model)
+
+    def elsewhere(units: list[list[Plain]], folder: Path, threshold: float) -> Iterator[pa.Table]:
+        items, place = predict_batch.travelling(units, road), road.offer(folder)
+        for name in photos:
+            Path(name).rename(f"{name}.away")
+        answerer = Answerer(place, threshold)
+        yield from (answerer(pa.table({"unit": [item["unit"]]})) for item in items)
+
+    monkeypatch.setattr(predict_batch, "answered", elsewhere)
+    pq.write_table(
+        asked.set_column(1, "image", pa.array([*asked["image"].to_pylist()[:-1], "nowhere.jpg"])), "asked.parquet"
+    )
+    answers = batch("asked.parquet", model, out=Path("other"))
+    assert answers["counts"].to_pylist()[:-1] == expected["counts"].to_pylist()[:-1]
+    assert answers["error"].to_pylist() == [None] * 20 + ["there is no such file"]
 
 
 def test_lists_of_texts_become_rows_and_none_is_lost(photos: list[str], model: Path, plain: None) -> None:
