@@ -120,7 +120,7 @@ def kernel_time(function: Function, device: str) -> float:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     found = []
     for _ in range(PROFILED):
-        with _quiet(), profile(activities=activities) as profiler:
+        with _quiet(), profile(activities=activities, acc_events=True) as profiler:
             function()
             synchronise(device)()
         events = profiler.key_averages()

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ris_core.errors import DataError, list_problems, short
 
 IMAGE = "image"
+BYTES = "bytes"  # the field of it, where the column is as Hugging Face's datasets write it: {bytes, path}
 ENDINGS = (".parquet", ".csv", ".jsonl")
 ROWS_AT_ONCE = 256  # of a column of image files
 
@@ -25,9 +27,8 @@ def read_table(path: Path) -> pa.Table:
     """Read a table, but for a column `image` of bytes, which `read_bytes` gives. Raises DataError if it cannot be read."""
     try:
         if path.suffix.lower() == ".parquet":
-            schema = pq.read_schema(path)
-            names = [field.name for field in schema if not _of_bytes(field)]
-            return _of_schema(pq.read_table(path, columns=names, partitioning=None), schema)
+            names = [field.name for field in pq.read_schema(path) if not _of_bytes(field)]
+            return _plain(pq.read_table(path, columns=names, partitioning=None))
         if path.suffix.lower() == ".csv":
             return _read_csv(path)
         return _read_json_lines(path)
@@ -45,21 +46,27 @@ def read_bytes(path: Path) -> Iterator[bytes | None]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[IMAGE]):
-                yield from (value.as_py() for value in batch.column(0))
+                column = batch.column(0)
+                if pa.types.is_struct(column.type):
+                    column = pc.struct_field(column, BYTES)
+                yield from (value.as_py() for value in column)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {_line(error)}") from error
 
 
 def _of_bytes(field: pa.Field) -> bool:
-    return field.name == IMAGE and bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
+    kind = field.type
+    if pa.types.is_struct(kind) and BYTES in kind.names:
+        kind = kind.field(BYTES).type
+    return field.name == IMAGE and bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _of_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def _plain(table: pa.Table) -> pa.Table:
     """Give dictionaries of text as text, as whoever reads the answers would have it."""
     for place, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
-    return table.replace_schema_metadata(schema.metadata)
+    return table
 
 
 def _read_csv(path: Path) -> pa.Table:

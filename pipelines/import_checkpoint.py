@@ -38,7 +38,8 @@ def main(
     typer.echo(f"{out}: CRIS of {millions:.1f} million parameters, {sizes}; weights {described.weights_sha256[:12]}")
     typer.echo(
         f"its published scores are of protocol `{READING.name}`: threshold {READING.threshold}, cells of the map at the "
-        f'{READING.upsampling}: RISPredictor.from_folder("{out}", reading=PROTOCOLS["{READING.name}"].reading). '
+        f'{READING.upsampling}: RISPredictor.from_folder("{out}", reading=PROTOCOLS["{READING.name}"].reading), '
+        f"PROTOCOLS being that of ris_core.evaluation.metrics. "
         f"`ris predict` and `ris predict-batch` read maps as protocol `ours` does, within pixels of it at --threshold "
         f"{READING.threshold}"
     )
