@@ -31,28 +31,34 @@ from ris_core.options import Plain
 
 MANIFEST = "_manifest.json"
 IMAGES, WAITING = ".images", ".waiting"
-RUNS, ROWS = 64, 512  # the most of one part: seconds to minutes of work, so that little is lost
+IMAGES_EACH, ROWS = 64, 512  # the most of one part: seconds to minutes of work, so that little is lost
 FORMAT = 1
 
 
-def cut(lengths: Sequence[int]) -> list[int]:
-    """Cut runs of rows into pieces of at most `RUNS` runs and `ROWS` rows, or of one run; where each piece begins, and the end.
+def cut(rows: Sequence[int], images: Sequence[int]) -> list[int]:
+    """Cut runs of so many rows and images into pieces of at most `ROWS` and `IMAGES_EACH`, or of one run.
 
-    Numbers are those of runs.
+    Gives the runs at which pieces begin, and the number of all runs.
     """
-    bounds, rows = [0], 0
-    for run, length in enumerate(lengths):
-        if run > bounds[-1] and (run - bounds[-1] >= RUNS or rows + length > ROWS):
+    bounds, held, seen = [0], 0, 0
+    for run, (length, new) in enumerate(zip(rows, images, strict=True)):
+        if run > bounds[-1] and (held + length > ROWS or seen + new > IMAGES_EACH):
             bounds.append(run)
-            rows = 0
-        rows += length
-    return [*bounds, len(lengths)]
+            held, seen = 0, 0
+        held, seen = held + length, seen + new
+    return [*bounds, len(rows)]
 
 
 def parts_of(image_of: np.ndarray) -> np.ndarray:
-    """Give the rows at which parts begin, and the number of all rows; rows in a row about one image stay together."""
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(image_of)) + 1, [len(image_of)]))
-    return starts[cut(np.diff(starts).tolist())]
+    """Give the rows at which parts begin, and the number of all rows; rows in a row about one image stay together.
+
+    Of images only those count that were not there before, as the others' answers are made with those.
+    """
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(image_of)) + 1))
+    new = np.zeros(len(starts), int)
+    new[np.unique(image_of[starts], return_index=True)[1]] = 1
+    bounds = cut(np.diff(starts, append=len(image_of)).tolist(), new.tolist())
+    return np.append(starts, len(image_of))[bounds]
 
 
 def problem_of(out: Path) -> str | None:

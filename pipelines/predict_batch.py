@@ -141,7 +141,7 @@ def make(asked: Asked, files: list[Photo], answers: batch_output.Answers, model:
         with places.written(answers.folder):
             unpack(asked, [files[image].key for image in rows_of], answers.folder / batch_output.IMAGES)
     images = list(rows_of)
-    bounds = batch_output.cut([len(rows_of[image]) for image in images])
+    bounds = batch_output.cut([len(rows_of[image]) for image in images], [1] * len(images))
     texts = asked.pairs["text"]
     units = []
     for first, end in pairwise(bounds):

@@ -55,7 +55,7 @@ import pyarrow.parquet as pq
 from pipelines import batch_output, predict_batch
 import test_predict_batch
 predict_batch.answered = test_predict_batch.in_this_process
-batch_output.RUNS, batch_output.ROWS = 3, 7
+batch_output.IMAGES_EACH, batch_output.ROWS = 3, 7
 written, write = [], pq.write_table
 def killed(table, path):
     write(table, path)
@@ -115,7 +115,7 @@ def asked(photos: list[str]) -> pa.Table:
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Ray, and parts of at most three images or seven rows."""
     monkeypatch.setattr(predict_batch, "answered", in_this_process)
-    monkeypatch.setattr(batch_output, "RUNS", 3)
+    monkeypatch.setattr(batch_output, "IMAGES_EACH", 3)
     monkeypatch.setattr(batch_output, "ROWS", 7)
 
 
@@ -143,7 +143,7 @@ def check(answers: pa.Table, model: Path, threshold: float = 0.5, base: str = ""
 def test_actors_answer_as_a_predictor_one_at_a_time(
     asked: pa.Table, model: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(batch_output, "RUNS", 3)
+    monkeypatch.setattr(batch_output, "IMAGES_EACH", 3)
     monkeypatch.setattr(predict_batch.cluster, "held", lambda *_: 2)
     answers = batch("asked.parquet", model, threshold=0.6)
     assert answers.select(["id", "weight", "image", "text"]).equals(asked.select(["id", "weight", "image", "text"]))
@@ -156,7 +156,7 @@ def test_actors_answer_as_a_predictor_one_at_a_time(
         "_manifest.json",
         *(f"part-{i:05d}.parquet" for i in range(len(contents(OUT)) - 1)),
     ]
-    assert len(contents(OUT)) > 4
+    assert len(contents(OUT)) > 3
 
 
 def test_a_folder_of_images_and_one_list_of_expressions(
@@ -515,11 +515,12 @@ def test_answers_go_where_nothing_is_lost(out: str, message: str, photos: list[s
 
 
 def test_pieces_hold_what_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batch_output.cut([1] * 130) == [0, 64, 128, 130]
-    assert batch_output.cut([600, 1, 511, 1, 512]) == [0, 1, 3, 4, 5]
-    assert batch_output.cut([9]) == [0, 1]
-    monkeypatch.setattr(batch_output, "RUNS", 2)
-    assert batch_output.parts_of(np.array([0, 0, 0, 1, 0, 2, 2])).tolist() == [0, 4, 7]
+    assert batch_output.cut([1] * 130, [1] * 130) == [0, 64, 128, 130]
+    assert batch_output.cut([1] * 600, [0] * 600) == [0, 512, 600]
+    assert batch_output.cut([600, 1, 511, 1, 512], [1] * 5) == [0, 1, 3, 4, 5]
+    assert batch_output.cut([9], [1]) == [0, 1]
+    monkeypatch.setattr(batch_output, "IMAGES_EACH", 2)
+    assert batch_output.parts_of(np.array([0, 0, 0, 1, 0, 2, 2, 1, 3, 0])).tolist() == [0, 5, 10]
     assert batch_output.parts_of(np.array([5])).tolist() == [0, 1]
 
 
