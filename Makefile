@@ -32,6 +32,7 @@ bench: env
 	python -m benchmarks.train_step
 	python -m benchmarks.evaluate
 	python -m benchmarks.waiting
+	python -m benchmarks.predict
 
 # What training loses when something dies; as root in namespaces of its own. DRILL=--short is what .ci/run does.
 drill: env

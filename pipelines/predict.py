@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines import paths
+from pipelines import paths, places
 from ris_core.data.images import read_image
-from ris_core.errors import ConfigError
+from ris_core.errors import ConfigError, short
 from ris_core.evaluation.figures import overlay
 from ris_core.files import replaced_file
 from ris_core.models.answer import Reading
@@ -35,11 +36,8 @@ def main(
     predictor = RISPredictor.from_folder(model_folder(model), reading=Reading(threshold=threshold))
     pixels = read_image(image)
     (prediction,) = predictor.answer(predictor.encode(pixels), [expression])
-    try:
-        with replaced_file(out.resolve()) as temporary:
-            overlay(pixels, prediction.mask).save(temporary)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    with places.written(out), replaced_file(places.followed(out)) as temporary:
+        overlay(pixels, prediction.mask).save(temporary)
     share = prediction.mask.mean()
     typer.echo(f"{out}: score {prediction.score:.3f}, mask covers {share:.1%} of the image")
     if prediction.cut:
@@ -51,13 +49,19 @@ def main(
 
 def check_out(out: Path, image: str) -> None:
     """Raise ConfigError unless a picture can be written to `out` without harm."""
-    if out.suffix.lower() not in ENDINGS or not out.parent.is_dir():
+    real = places.followed(out)
+    if out.suffix.lower() not in ENDINGS or not os.path.isdir(out.parent):
         raise ConfigError(f"--out {out}: give a .png or .jpg file in a folder that exists")
-    if out.exists():
-        if Path(image).exists() and out.samefile(image):
-            raise ConfigError(f"--out {out} is the picture itself, which would be lost: give another name")
-        if not out.is_file():
-            raise ConfigError(f"--out {out} is no file that can be written: give the name of a picture")
+    if os.path.exists(image) and os.path.exists(real) and os.path.samefile(image, real):
+        raise ConfigError(f"--out {out} is the picture itself, which would be lost: give another name")
+    if os.path.lexists(real) and not os.path.isfile(real):
+        raise ConfigError(f"--out {out} is no file that can be written: give the name of a picture")
+    if real.suffix.lower() not in ENDINGS or not real.parent.is_dir():
+        raise ConfigError(
+            f"--out {out} is a link to {short(str(real))}, which is no place for a picture: give another name"
+        )
+    if problem := places.problem_of_folder(real.parent):
+        raise ConfigError(f"--out {out} {problem}")
 
 
 def model_folder(model: str) -> Path:

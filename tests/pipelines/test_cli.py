@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,18 +19,8 @@ from ris_core.evaluation.figures import overlay
 from ris_core.predictor import RISPredictor
 
 MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
-VERBS = [
-    *MAKING,
-    "evaluate",
-    "register",
-    "registry",
-    "reproduce",
-    "compare",
-    "report",
-    "predict",
-    "serve",
-    "submit",
-]
+USING = ["predict", "predict-batch", "serve", "registry", "reproduce", "import-checkpoint", "export-checkpoint"]
+VERBS = [*MAKING, "evaluate", "register", "compare", "report", *USING, "submit"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""
 import sys
@@ -299,6 +290,15 @@ def test_a_threshold_that_is_no_probability(
         ("folder.png", "--out folder.png is no file that can be written: give the name of a picture"),
         ("full.png", "--out full.png is no file that can be written: give the name of a picture"),
         ("mask.gif", "--out mask.gif: give a .png or .jpg file in a folder that exists"),
+        ("hard.png", "--out hard.png is the picture itself, which would be lost: give another name"),
+        ("here/grey.png", "--out here/grey.png is the picture itself, which would be lost: give another name"),
+        ("../workplace/grey.png", "grey.png is the picture itself, which would be lost: give another name"),
+        ("notes.png", "--out notes.png is a link to"),
+        ("nowhere.png", "which is no place for a picture: give another name"),
+        ("circle.png", "--out circle.png is no file that can be written: give the name of a picture"),
+        ("pipe.png", "--out pipe.png is no file that can be written: give the name of a picture"),
+        ("closed/mask.png", "--out closed/mask.png cannot be written: "),
+        (f"{'x' * 300}.png", "cannot be written: File name too long"),
     ],
 )
 def test_predict_writes_where_nothing_is_lost(
@@ -314,10 +314,34 @@ def test_predict_writes_where_nothing_is_lost(
     Path("link.png").symlink_to("grey.png")
     Path("folder.png").mkdir()
     Path("full.png").symlink_to("/dev/full")
+    Path("hard.png").hardlink_to("grey.png")
+    Path("here").symlink_to(".")
+    Path("notes.txt").write_text("mine")
+    Path("notes.png").symlink_to("notes.txt")
+    Path("nowhere.png").symlink_to("no/where.png")
+    Path("circle.png").symlink_to("circle.png")
+    os.mkfifo("pipe.png")
+    Path("closed").symlink_to("/proc")  # which takes nobody's files, not even an administrator's
     code, shown = ris("predict", "grey.png", "the star", "--out", out, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert message in shown
+    assert shown.count("\n") == 1
     assert Path("grey.png").read_bytes() == before
+    assert (Path("notes.txt").read_text(), Path("no").exists()) == ("mine", False)
+
+
+def test_predict_goes_through_links_and_leaves_them(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workplace.link("model")
+    Image.new("RGB", (40, 30), "grey").save("grey.png")
+    Path("folder").mkdir()
+    Path("link").symlink_to("folder")
+    Path("mask.png").symlink_to("link/real.jpg")
+    arguments = ("predict", "grey.png", "the star", "--out", "mask.png")
+    assert ris(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+    assert Path("mask.png").is_symlink()
+    assert Image.open("folder/real.jpg").size == (40, 30)
 
 
 def test_a_disk_that_is_full_leaves_the_picture_that_was_there(
