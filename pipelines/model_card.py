@@ -20,8 +20,8 @@ TITLES = {
 }
 SYNTHETIC = "The data is synthetic and written by this project (MIT): no photo, no annotation of anybody else is in it."
 REAL = (
-    "RefCOCO's expressions were published with REFER (Apache 2.0), COCO's annotations under CC BY 4.0; its photos are their "
-    "authors' on Flickr, under the terms each of them chose."
+    "The expressions of RefCOCO and RefCOCO+ were published under Apache 2.0, those of RefCOCOg under CC BY 4.0, as COCO's "
+    "annotations; COCO's photos are their authors' on Flickr, under the terms each of them chose."
 )
 CONTROLS = {
     SHUFFLED[0]: "given sentences about other objects of the same picture",
