@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -37,13 +38,21 @@ VERBS = {  # what the first line of its `main` says
     "submit": "Run a command on the cluster at RAY_ADDRESS, and bring back what it makes.",
 }
 OURS = ("pipelines", "ris_core")
+# What a verb cannot do without, beside the library's own dependencies; all others need what stages do.
+LIBRARIES = {
+    **dict.fromkeys(("predict", "import-checkpoint", "export-checkpoint"), ()),
+    **dict.fromkeys(("registry", "reproduce"), ("mlflow",)),
+    "serve": ("fastapi", "uvicorn"),
+}
+STAGES = ("ray", "mlflow")
 
 
 class Verbs(TyperGroup):
     """The verbs, known by their names alone until one is called."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # its own class is private
-        return list(VERBS)
+        """List the verbs that can work here; who calls another is told what to install."""
+        return [verb for verb in VERBS if all(find_spec(name) for name in LIBRARIES.get(verb, STAGES))]
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | None:  # type: ignore[override]
         return TyperCommand(cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None

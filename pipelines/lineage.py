@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipelines import fingerprint, gate, paths
+from pipelines import fingerprint, gate, paths, versions
 from pipelines.compare import MEASURES
 from pipelines.model_card import model_card
 from ris_core import files
@@ -16,7 +16,7 @@ from ris_core.models.registry import WEIGHTS, ModelInfo
 from ris_core.options import Plain
 
 KEPT = ("metrics.json", "protocols.json", "behaviour.json", "setting.json", "cost.json")  # of an evaluation
-FILE, CARD = "lineage.json", "card.md"
+CARD = "card.md"
 
 
 def tags(system: str, model: Path, info: ModelInfo) -> dict[str, str]:
@@ -44,7 +44,7 @@ def keep(candidate: gate.Candidate, info: ModelInfo, parts: Plain, verdict: gate
     pq.write_table(candidate.table, out / f"{candidate.protocol.name}-{candidate.split}.parquet")
     values = {path.stem: json.loads(path.read_text()) for path in sorted(paths.WATCHED.glob("*.json"))}
     files.write_json(
-        out / FILE,
+        out / versions.LINEAGE,
         {
             "model": candidate.name,
             "system": candidate.system,

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import tracking, versions
-from pipelines.stage import run
 from ris_core.errors import ClusterError, ConfigError
 
 CHAMPION = "champion"
@@ -125,4 +124,6 @@ def show(client: versions.MlflowClient, model: str) -> None:
 
 
 if __name__ == "__main__":
+    from pipelines.stage import run
+
     run(main)

@@ -18,8 +18,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines import lineage, paths, versions
-from pipelines.stage import run
+from pipelines import paths, versions
 from ris_core.errors import ClusterError, ConfigError, DataError
 from ris_core.files import write_text
 from ris_core.models.registry import ModelInfo, read_description
@@ -72,7 +71,7 @@ def read(model: str) -> Origin:
     """Read what a version tells of itself. Raises ClusterError if it was registered without that."""
     folder = versions.fetch(model, versions.EVALUATION)
     try:
-        told = json.loads((folder / lineage.FILE).read_text(encoding="utf-8"))
+        told = json.loads((folder / versions.LINEAGE).read_text(encoding="utf-8"))
         params = folder / paths.PARAMS.name
         text = params.read_text(encoding="utf-8") if params.exists() else None
         return Origin(told["model"], told["system"], told["dataset"], told["tags"], text)
@@ -160,4 +159,6 @@ def compared(origin: Origin, place: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    from pipelines.stage import run
+
     run(main)

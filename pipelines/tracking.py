@@ -24,7 +24,6 @@ from mlflow import MlflowClient, MlflowException
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines import paths, relocation
@@ -250,8 +249,12 @@ def log_dataset(run_id: str, name: str, path: Path, digest: str, context: str) -
 def running(run_id: str, system_metrics: bool = True) -> Iterator[None]:
     """Mark the run FINISHED when the block ends, FAILED when it raises; sample this machine's load meanwhile."""
     client = connect()
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=5) if system_metrics else None
-    if monitor:
+    monitor = None
+    if system_metrics:
+        # Wants psutil, which is there where stages are, and need not be where versions are looked at.
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(run_id, sampling_interval=5)
         monitor.start()
     status = "FAILED"
     try:

@@ -28,6 +28,7 @@ from ris_core.predictor import RISPredictor
 
 CHALLENGER = "challenger"  # the alias of the newest version that did not become champion
 MODEL, EVALUATION = "model", "evaluation"  # the folders of a version
+LINEAGE = "lineage.json"  # in the latter
 MOVE = "ris.move."  # and a number: tags of a registered model
 REGISTERING = "ris.registering"  # tag of a registered model while a version is added
 LEASE = 3600  # seconds after which whoever holds it is taken for dead

@@ -53,6 +53,21 @@ def ris(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return code, capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("missing", "offered"),
+    [
+        (("ray", "mlflow", "fastapi"), {"predict", "import-checkpoint", "export-checkpoint"}),
+        (("ray",), {"predict", "import-checkpoint", "export-checkpoint", "serve", "registry", "reproduce"}),
+        ((), set(VERBS)),
+    ],
+)
+def test_the_verbs_that_can_work_are_offered(
+    missing: tuple[str, ...], offered: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in missing else name)
+    assert set(cli.Verbs(name="ris").list_commands(None)) == offered  # type: ignore[arg-type]
+
+
 def test_help_comes_without_heavy_libraries_and_tells_what_verbs_do(tmp_path: Path) -> None:
     done = python("-c", HELP, cwd=tmp_path, COLUMNS="200")
     assert done.returncode == 0, done.stderr

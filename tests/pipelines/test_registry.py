@@ -15,7 +15,6 @@ from pipelines_world import Workplace, export_untrained
 from tiny_world import Tiny
 
 from pipelines import packaging, registry, reproduce, tracking, versions
-from pipelines.lineage import FILE
 from pipelines.registry import Action
 from ris_core import files
 from ris_core.errors import ClusterError, ConfigError, DataError
@@ -198,7 +197,7 @@ def add(folder: Path, name: str) -> str:
     run_id = tracking.open_run("ris", name, {}, {})
     scratch = Path(f"scratch-{name}")
     (scratch / versions.EVALUATION).mkdir(parents=True)
-    files.write_json(scratch / versions.EVALUATION / FILE, {})
+    files.write_json(scratch / versions.EVALUATION / versions.LINEAGE, {})
     number = packaging.log(run_id, NAME, folder, {"name": name}, scratch)
     shutil.rmtree(scratch)
     return number
@@ -299,7 +298,9 @@ TAGS = {
 
 def told_by(monkeypatch: pytest.MonkeyPatch, place: Path, **tags: str) -> None:
     """A version that tells this of itself."""
-    files.write_json(place / FILE, {"model": NAME, "system": "cris", "dataset": "shapes", "tags": TAGS | tags})
+    files.write_json(
+        place / versions.LINEAGE, {"model": NAME, "system": "cris", "dataset": "shapes", "tags": TAGS | tags}
+    )
     (place / "params.yaml").write_text("preset: default\n")
     monkeypatch.setattr(versions, "fetch", lambda model, part: place)
 
@@ -327,7 +328,7 @@ def test_what_cannot_be_made_again_exactly_is_refused(
     told_by(monkeypatch, tmp_path, git_commit=f"{'a' * 40}-dirty")
     with pytest.raises(ConfigError, match=r"not known exactly: it was made at 'a+-dirty'; .*exists: give another"):
         reproduce.main(f"models:/{NAME}@champion", execute=True, to=tmp_path)
-    (tmp_path / FILE).write_text("{}")
+    (tmp_path / versions.LINEAGE).write_text("{}")
     with pytest.raises(ClusterError, match="does not tell how it was made"):
         reproduce.main(f"models:/{NAME}@champion")
 
