@@ -75,7 +75,7 @@ def mlflow_serve(model: str, log: Path) -> Iterator[Server]:
         log.open("w") as told,
         _ended(
             subprocess.Popen(
-                command, stdout=told, stderr=told, start_new_session=True, env={**os.environ, "PATH": path}
+                command, stdout=told, stderr=told, text=True, start_new_session=True, env={**os.environ, "PATH": path}
             )
         ) as process,
     ):

@@ -30,7 +30,7 @@ from benchmarks.clients import Client, Server, load, mlflow_serve, percentile, r
 from benchmarks.fuzz_service import Sent
 from benchmarks.measure import Report
 from benchmarks.samples import WORDS, photos
-from pipelines.serve import find
+from pipelines.serve import find, leave_a_core
 from ris_core.data.masks import decode
 from ris_core.predictor import RISPredictor
 
@@ -100,7 +100,8 @@ def answer_of(body: bytes) -> Found:
         (row,) = content["predictions"]
         return Found(row["counts"], row["height"], row["width"], row["score"])
     (entry,) = content["answers"]
-    return Found(entry["mask"]["counts"], *entry["mask"]["size"], entry["score"])
+    height, width = entry["mask"]["size"]
+    return Found(entry["mask"]["counts"], height, width, entry["score"])
 
 
 def alone(server: Server, sent: Sequence[Sent]) -> dict[str, Found]:
@@ -136,7 +137,8 @@ def in_turn(sent: Sequence[Sent], clients: int) -> Callable[[int, int], Sent]:
 
 
 def beside_predictor(report: Report, server: Server, predictor: RISPredictor, requests: Requests) -> None:
-    """One client and the predictor in this process, in turns."""
+    """One client and the predictor in this process with as many threads, in turns."""
+    leave_a_core()
     client = Client(server.port)
     known, new = requests.about_known("/v1/segment", of_service), requests.about_new("/v1/segment", of_service)
     encoded = [predictor.encode(image) for image in requests.known]

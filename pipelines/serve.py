@@ -65,7 +65,7 @@ def main(
             server.should_exit = True
 
     _quiet()
-    _leave_a_core()
+    leave_a_core()
     app = create_app(served, limits, token, loaded)
     config = uvicorn.Config(
         app,
@@ -157,7 +157,7 @@ def _tell(listener: socket.socket, token: str | None) -> None:
         )
 
 
-def _leave_a_core() -> None:
+def leave_a_core() -> None:
     """Compute with one thread fewer than there are cores, unless OMP_NUM_THREADS says how many.
 
     Threads of one computation spin while they wait for each other. Where requests are read, or others work, on the core

@@ -253,7 +253,15 @@ def test_there_are_no_circles(package: str) -> None:
 
 # Work at import time that is meant: MLflow wants its model set by the module.
 MEANT = {"pipelines.serving_model": ast.Expr, "pipelines": ast.For}
-DECLARATIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+DECLARATIONS = (
+    ast.Import,
+    ast.ImportFrom,
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Assign,
+    ast.AnnAssign,
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
