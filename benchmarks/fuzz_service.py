@@ -23,6 +23,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 # Signs of a fault's inside: a traceback, a file of the server's, an object's address.
 INSIDES = (b"Traceback", b"site-packages", b'File \\"', b".py", b"/usr/", b"/home/", b" at 0x", ROOT.encode())
+UVICORN = b"Invalid HTTP request received."  # of what is no HTTP, and never comes to the service
 BOUNDARY = "b0undary"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 JSON = "application/json"
@@ -53,6 +54,8 @@ def wrong_with(sent: Sent, status: int, body: bytes) -> str | None:
         return f"{sent.name}: status {status} tells {inside}: {body[:300]!r}"
     if status != 200 and len(body) > 20_000:
         return f"{sent.name}: {len(body)} bytes of refusal"
+    if (status, body) == (400, UVICORN):
+        return None
     try:
         told = json.loads(body) if body else {}
     except ValueError:
