@@ -95,12 +95,17 @@ def from_base64(text: str) -> bytes:
 
     Raises DataError for anything else; what was given is not told, as it may be long, or nobody's business.
     """
+    try:  # what programs send: megabytes at a time, and several times faster than what follows
+        if plain := base64.b64decode(text, validate=True):
+            return plain
+    except ValueError:
+        pass
     head, comma, rest = text.partition(",")
     if comma and not (head.lstrip().lower().startswith("data:") and head.rstrip().lower().endswith(";base64")):
         raise DataError(f"an image text of {len(text)} characters is not base64 of an encoded image")
-    plain = _SPACE.sub("", rest if comma else text).translate(_URL_SAFE).rstrip("=")
+    letters = _SPACE.sub("", rest if comma else text).translate(_URL_SAFE).rstrip("=")
     try:
-        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        content = base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except ValueError:  # which also text beyond ASCII gives
         content = b""
     if not content:
