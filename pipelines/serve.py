@@ -27,7 +27,7 @@ from ris_core.errors import ConfigError
 TOKEN = "RIS_TOKEN"
 DEFAULT = Limits()
 BACKLOG = 512
-ALIAS = re.compile(r"models:/([^/@]+)@([^/@]+)")
+ALIAS = re.compile(r"models:/[^/@]+@[^/@]+")
 VERSION = re.compile(r"models:/([^/@]+)/[^/@]+")
 
 
@@ -112,20 +112,17 @@ def find(model: str) -> Served:
 
 
 def _pinned(model: str) -> str:
-    """Give the version that an alias of the registry means now; all else, and an alias that nothing has, as it is."""
-    alias = ALIAS.fullmatch(model)
-    if alias is None:
+    """Give the version that an alias of the registry means now; all else as it is."""
+    if not ALIAS.fullmatch(model):
         return model
     try:
-        from pipelines import tracking  # MLflow takes seconds, and a folder needs none of it
+        from pipelines import tracking, versions  # MLflow takes seconds, and a folder needs none of it
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{model} needs {error.name}, which is not installed here: pip install 'ris[serve]'"
         ) from None
-    for known in tracking.connect().search_registered_models():
-        if known.name == alias[1] and alias[2] in known.aliases:
-            return f"models:/{known.name}/{known.aliases[alias[2]]}"
-    return model
+    found = versions.find(tracking.connect(), model)
+    return f"models:/{found.name}/{found.version}"
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -139,7 +139,7 @@ def test_an_alias_means_the_version_that_has_it_now(store: Path, untrained: Path
     assert (second.name, second.uri) == ("best", "models:/ris-cris-shapes/2")
     assert (first.folder / "model.json").exists()
     assert first.folder != second.folder
-    with pytest.raises(ClusterError, match="models:/ris-cris-shapes@challenger cannot be loaded"):
+    with pytest.raises(ClusterError, match="has no ris-cris-shapes@challenger; versions of ris-cris-shapes: 1, 2"):
         serve.find("models:/ris-cris-shapes@challenger")
     with pytest.raises(ConfigError, match="cannot name a model"):
         serve.find("=models:/ris-cris-shapes@champion")
