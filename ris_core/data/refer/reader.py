@@ -1,6 +1,6 @@
 """The official REFER files of RefCOCO, RefCOCO+, RefCOCOg and the embedded datasets, read as typed rows.
 
-    <root>/<folder>/refs(<split-by>).p     who is referred to, and how
+    <root>/<folder>/refs(<split-by>).p     who is referred to, and how; or refs(<split-by>).json, the same as JSON
     <root>/<folder>/instances.json         COCO annotations of all images that have referents
 
 Formats: github.com/lichengunc/refer. Nothing is joined here (`ris_core.data.refer.join` does) and no image is opened. What is
@@ -139,8 +139,14 @@ def read_references(root: Path, name: DatasetName) -> ReferFiles:
     others = sorted(path.name for path in place.parent.glob("refs(*).p") if path != place)
     if others and not place.exists():
         remedy = f"This folder has {', '.join(others)}. {remedy}"
-    content, identity = read_input(root, name.refs_file, remedy, PICKLE_CAP_BYTES)
-    entries, encoding = parse_pickle(content, place, remedy)
+    as_json = Path(name.refs_file).with_suffix(".json")  # what converters and hubs give
+    if not place.exists() and (root / as_json).exists():
+        content, identity = read_input(root, str(as_json), remedy)
+        entries, encoding = parse_json(content, root / as_json, remedy), "utf-8"
+        place = root / as_json
+    else:
+        content, identity = read_input(root, name.refs_file, remedy, PICKLE_CAP_BYTES)
+        entries, encoding = parse_pickle(content, place, remedy)
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{place} holds no list of referents but {entries!r:.60}. {remedy}")
     files = ReferFiles(name, references=[], refs_in_file=len(entries), inputs=[identity])
