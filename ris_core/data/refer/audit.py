@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -55,18 +55,22 @@ def prepare(
     exclude: Mapping[str, str | Path],
     check_images: bool,
     workers: int,
+    read: Callable[[Path, str], ReferFiles] | None = None,
 ) -> tuple[list[ImageRecord], dict[str, Any]]:
     """Make records and audit report of the dataset `name` below `root`.
 
     on_bad: "error" raises one DataError that lists all referents that cannot be used and why, "skip" leaves them out.
     strict: differing from the published counts is an error, not a warning. exclude: roots of other datasets by name; no
     training referent stays on an image that is val or test there. check_images: decode every image on `workers`
-    threads; when off, images need not be there at all.
+    threads; when off, images need not be there at all. read: gives the files' rows; by default those of the official files.
     Raises DataError for files that cannot be used.
     """
-    root, dataset = Path(root), DatasetName.parse(name)
+    root = Path(root)
+    if read is None:
+        DatasetName.parse(name)  # before anything is read
     others = {other: read_references(Path(place), DatasetName.parse(other)) for other, place in exclude.items()}
-    files = read_refer(root, dataset)
+    files = read(root, name) if read is not None else read_refer(root, DatasetName.parse(name))
+    dataset = files.name
     used = {image_id for image_id, _ in files.references}
     images = [image for image in files.images.values() if image.image_id in used]
     located = locate_images(root, images)
@@ -80,9 +84,9 @@ def prepare(
     scored = {image for other in others.values() for image, ref in other.references if ref.split != "train"}
     written, excluded = exclude_images(records, scored)
     report = audit(files, written, problems, decoded, excluded)
-    groups = _split_images(name, ((record.image_id, ref.split) for record in written for ref in record.refs))
-    for other, refs in others.items():
-        groups = {**_split_images(other, ((image_id, ref.split) for image_id, ref in refs.references)), **groups}
+    groups = _split_images(dataset, ((record.image_id, ref.split) for record in written for ref in record.refs))
+    for refs in others.values():
+        groups = {**_split_images(refs.name, ((image_id, ref.split) for image_id, ref in refs.references)), **groups}
     report["shared_images"] = image_leakage(groups)
     report["published"] = published
     report["warnings"] = [
@@ -163,12 +167,12 @@ def image_leakage(groups: Mapping[str, set[int]]) -> list[dict[str, Any]]:
     ]
 
 
-def _split_images(name: str, located: Iterable[tuple[int, str]]) -> dict[str, set[int]]:
+def _split_images(name: DatasetName, located: Iterable[tuple[int, str]]) -> dict[str, set[int]]:
     """Give image ids by `<dataset>/<split>`, from (image_id, split) pairs; splits in the dataset's own order."""
     images: defaultdict[str, set[int]] = defaultdict(set)
     for image_id, split in located:
         images[split].add(image_id)
-    return {f"{name}/{split}": images[split] for split in DatasetName.parse(name).splits}
+    return {f"{name.name}/{split}": images[split] for split in name.splits}
 
 
 def _difference(row: Mapping[str, Any]) -> str:

@@ -63,7 +63,10 @@ class DatasetName:
             return cls(name, *DATASETS[name])
         related = [known for known, (folder, *_) in DATASETS.items() if folder == name.split("_")[0]]
         hint = f"did you mean {' or '.join(related)}? " if related else ""
-        raise DataError(f"there is no dataset '{name}': {hint}Valid names: {', '.join(DATASETS)}")
+        raise DataError(
+            f"there is no dataset '{name}': {hint}Valid names: {', '.join(DATASETS)}; one of your own has a file "
+            "dataset.yaml in its folder, data/raw/<name>"
+        )
 
     @property
     def file_safe(self) -> str:
@@ -115,14 +118,18 @@ def read_refer(root: Path, name: DatasetName) -> ReferFiles:
     is wrong with single entries is listed in the result.
     """
     files = read_references(root, name)
-    remedy, place = how_to_get(name), root / name.instances_file
-    content, identity = read_input(root, name.instances_file, remedy)
-    files.inputs.append(identity)
-    tables = parse_json(content, place, remedy)
+    files.inputs.append(read_instances(root, name.instances_file, how_to_get(name), files))
+    return files
+
+
+def read_instances(root: Path, path: str, remedy: str, files: ReferFiles) -> InputFile:
+    """Read a COCO instances file below `root` into the tables of `files`, and give its identity. Raises as `read_refer` does."""
+    content, identity = read_input(root, path, remedy)
+    tables = parse_json(content, root / path, remedy)
     wanted = ("images", "annotations", "categories")
     absent = [key for key in wanted if not isinstance(tables, dict) or not isinstance(tables.get(key), list)]
     if absent:
-        raise DataError(f"{place} is no COCO file: it has no list of {', '.join(absent)}. {remedy}")
+        raise DataError(f"{root / path} is no COCO file: it has no list of {', '.join(absent)}. {remedy}")
     files.categories, bad_categories, unnamed = _collect(tables["categories"], parse_category)
     files.problems += [*bad_categories.values(), *unnamed]
     files.images, files.bad_images, unnamed = _collect(tables["images"], parse_image)
@@ -130,7 +137,7 @@ def read_refer(root: Path, name: DatasetName) -> ReferFiles:
     parse = partial(parse_annotation, categories=files.categories)
     files.annotations, files.bad_annotations, unnamed = _collect(tables["annotations"], parse)
     files.problems += unnamed
-    return files
+    return identity
 
 
 def read_references(root: Path, name: DatasetName) -> ReferFiles:

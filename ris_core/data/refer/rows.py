@@ -112,7 +112,7 @@ def parse_image(entry: Any, position: int) -> ImageInfo | Problem:
     """Parse an entry of `images`."""
     wrong = misfits(entry, {"id": int, "file_name": str, "height": int, "width": int})
     if not wrong:
-        name, height, width = _relative(entry["file_name"]), entry["height"], entry["width"]
+        name, height, width = relative(entry["file_name"]), entry["height"], entry["width"]
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
             wrong.append(f"impossible size of {short(width)}x{short(height)} pixels")
         if not name:
@@ -122,7 +122,7 @@ def parse_image(entry: Any, position: int) -> ImageInfo | Problem:
     return ImageInfo(entry["id"], name, height, width)
 
 
-def _relative(name: str) -> str:
+def relative(name: str) -> str:
     """Give a file name, as tools write it, as a relative path; "" where it is none.
 
     Of a path of somebody else's machine, or an address, only the last part means anything here.
