@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines import paths
 from ris_core import config
-from ris_core.data.own.description import describes_own, own_name
+from ris_core.data.own.description import named
 from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import ConfigError, list_problems
 from ris_core.options import option
@@ -71,4 +71,4 @@ def dataset_name(name: str) -> DatasetName:
 
     Raises DataError, with the known ones, if there is none.
     """
-    return own_name(name) if describes_own(paths.raw(name)) else DatasetName.parse(name)
+    return named(paths.raw(name))

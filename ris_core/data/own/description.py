@@ -1,4 +1,7 @@
-"""`dataset.yaml`, which says what a dataset of one's own is made of. It lies beside the files, so that they travel together."""
+"""`dataset.yaml`, which says what a dataset of one's own is made of. It lies beside the files, so that they travel together.
+
+Of a mixed dataset it names the parts instead (`ris_core.data.own.mixed`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ris_core.data.own.mixed import mixed_name, mixture_problems
 from ris_core.data.refer.reader import DATASETS, DatasetName
 from ris_core.errors import ConfigError, DataError, list_problems
 from ris_core.options import from_plain, option
@@ -47,8 +51,43 @@ def describes_own(root: Path) -> bool:
 
 def read_description(root: Path) -> Description:
     """Read `dataset.yaml` of a folder. Raises ConfigError that lists everything wrong in it."""
+    return from_plain(Description, _content(root), str(root / FILE))
+
+
+def read_parts(root: Path) -> dict[str, int]:
+    """Give the parts of a mixed dataset, with how often each comes; none of any other. Raises ConfigError if they are none."""
+    content = _content(root)
+    if "mixed" not in content:
+        return {}
+    problems = [f"{key}: a mixed dataset has nothing but `mixed`" for key in content if key != "mixed"]
+    problems += mixture_problems(content["mixed"])
+    if problems:
+        raise ConfigError(list_problems(f"{root / FILE} cannot be used", problems))
+    return {str(part): times for part, times in content["mixed"].items()}
+
+
+def _content(root: Path) -> dict[str, Any]:
     content: Any = OmegaConf.to_container(read_yaml(root / FILE))
-    return from_plain(Description, content, str(root / FILE))
+    assert isinstance(content, dict)
+    return content
+
+
+def named(root: Path) -> DatasetName:
+    """Give the name of the dataset in a folder of that name, with its splits. Raises DataError or ConfigError if it has none."""
+    name = root.name
+    if not describes_own(root):
+        return DatasetName.parse(name)
+    own = own_name(name)
+    parts = read_parts(root)
+    for part in parts:
+        if read_parts_of(root.parent / part):
+            raise ConfigError(f"{root / FILE}: {part} is mixed itself: name its parts here")
+    return mixed_name(name, {part: named(root.parent / part) for part in parts}) if parts else own
+
+
+def read_parts_of(root: Path) -> dict[str, int]:
+    """Do `read_parts` of a folder that need not be one's own."""
+    return read_parts(root) if describes_own(root) else {}
 
 
 def own_name(name: str) -> DatasetName:

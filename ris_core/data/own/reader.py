@@ -16,13 +16,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ris_core.data.images import BadImage, opened
-from ris_core.data.own.description import FILE, SPLITS, Description, own_name, read_description
+from ris_core.data.own.description import (
+    FILE,
+    SPLITS,
+    Description,
+    describes_own,
+    named,
+    read_description,
+    read_parts_of,
+)
 from ris_core.data.own.masks import read_mask
+from ris_core.data.own.mixed import mix
 from ris_core.data.own.splits import draw
 from ris_core.data.own.table import Row, read_table
 from ris_core.data.records import Reference, Sentence
 from ris_core.data.refer.photos import locate_images
-from ris_core.data.refer.reader import ReferFiles, read_instances
+from ris_core.data.refer.reader import DatasetName, ReferFiles, read_instances, read_refer
 from ris_core.data.refer.rows import Annotation, ImageInfo, Problem, relative
 from ris_core.data.refer.untrusted import read_input
 from ris_core.errors import DataError, short
@@ -40,7 +49,19 @@ class _Said:
     texts: list[tuple[int, str]] = field(default_factory=list)  # number of the expression, text
 
 
-def read_own(root: Path, name: str) -> ReferFiles:
+def read_any(root: Path, name: DatasetName) -> ReferFiles:
+    """Read the dataset in a folder: official files, one's own, or a mixture of datasets in folders beside it.
+
+    Raises ConfigError or DataError as `read_own`, `read_refer` and `mix` do.
+    """
+    parts = read_parts_of(root)
+    if parts:
+        files = {part: read_any(root.parent / part, named(root.parent / part)) for part in parts}
+        return mix(name, files, parts)
+    return read_own(root, name) if describes_own(root) else read_refer(root, name)
+
+
+def read_own(root: Path, name: DatasetName) -> ReferFiles:
     """Read and type-check a dataset of one's own.
 
     Rows about the same annotation, or mask, of the same image are expressions of one referent; ref_ids and sent_ids count
@@ -48,7 +69,7 @@ def read_own(root: Path, name: str) -> ReferFiles:
     whole; what is wrong with single rows is listed in the result.
     """
     description = read_description(root)
-    files = ReferFiles(own_name(name), references=[], refs_in_file=0, inputs=[])
+    files = ReferFiles(name, references=[], refs_in_file=0, inputs=[])
     for path in (FILE, description.expressions):
         content, identity = read_input(root, path, f"{root / FILE} names it.")
         files.inputs.append(identity)

@@ -48,29 +48,29 @@ class PrepareParams:
 
 def prepare(
     root: str | Path,
-    name: str,
+    dataset: str | DatasetName,
     *,
     on_bad: str,
     strict: bool,
     exclude: Mapping[str, str | Path],
     check_images: bool,
     workers: int,
-    read: Callable[[Path, str], ReferFiles] | None = None,
+    read: Callable[[Path, DatasetName], ReferFiles] = read_refer,
 ) -> tuple[list[ImageRecord], dict[str, Any]]:
-    """Make records and audit report of the dataset `name` below `root`.
+    """Make records and audit report of a dataset below `root`.
 
     on_bad: "error" raises one DataError that lists all referents that cannot be used and why, "skip" leaves them out.
     strict: differing from the published counts is an error, not a warning. exclude: roots of other datasets by name; no
-    training referent stays on an image that is val or test there. check_images: decode every image on `workers`
-    threads; when off, images need not be there at all. read: gives the files' rows; by default those of the official files.
+    training referent stays on an image that is val or test there, or, of a mixed dataset, in any part. check_images: decode
+    every image on `workers` threads; when off, images need not be there at all. read: gives the files' rows; by default
+    those of the official files.
     Raises DataError for files that cannot be used.
     """
     root = Path(root)
-    if read is None:
-        DatasetName.parse(name)  # before anything is read
+    dataset = dataset if isinstance(dataset, DatasetName) else DatasetName.parse(dataset)
+    name = dataset.name
     others = {other: read_references(Path(place), DatasetName.parse(other)) for other, place in exclude.items()}
-    files = read(root, name) if read is not None else read_refer(root, DatasetName.parse(name))
-    dataset = files.name
+    files = read(root, dataset)
     used = {image_id for image_id, _ in files.references}
     images = [image for image in files.images.values() if image.image_id in used]
     located = locate_images(root, images)
@@ -81,7 +81,8 @@ def prepare(
     if strict and differences:
         remedy = "Get the whole official files, or turn `strict` off (params.yaml: prepare.strict)."
         raise DataError(list_problems(f"{name} differs from the published counts", differences, remedy))
-    scored = {image for other in others.values() for image, ref in other.references if ref.split != "train"}
+    guards = [*others.values(), *([files] if dataset.is_mixed else [])]
+    scored = {image for guard in guards for image, ref in guard.references if ref.split != "train"}
     written, excluded = exclude_images(records, scored)
     report = audit(files, written, problems, decoded, excluded)
     groups = _split_images(dataset, ((record.image_id, ref.split) for record in written for ref in record.refs))

@@ -35,6 +35,7 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 _UNC, _UMD, _GOOGLE = ("train", "val", "testA", "testB"), ("train", "val", "test"), ("train", "val", "test")
+MIXED = "mixed"  # in place of a split-by
 DATASETS = {
     "refcoco_unc": ("refcoco", "unc", _UNC),
     "refcoco_google": ("refcoco", "google", _GOOGLE),
@@ -72,6 +73,11 @@ class DatasetName:
     def file_safe(self) -> str:
         """Give the name without characters that shells, URLs and DVC would need quoted: refcoco+_unc is refcocop_unc."""
         return self.name.replace("+", "p")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Tell whether it is made of several datasets, see `ris_core.data.own.mixed`."""
+        return self.split_by == MIXED
 
     @property
     def refs_file(self) -> str:

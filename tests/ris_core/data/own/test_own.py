@@ -46,7 +46,9 @@ def square(x: int, y: int, side: int) -> list[int]:
 
 
 def prepared(root: Path, on_bad: str = "error") -> tuple[list[ImageRecord], dict[str, Any]]:
-    return prepare(root, "mine", on_bad=on_bad, strict=True, exclude={}, check_images=True, workers=2, read=read_own)
+    return prepare(
+        root, own_name("mine"), on_bad=on_bad, strict=True, exclude={}, check_images=True, workers=2, read=read_own
+    )
 
 
 def said(records: list[ImageRecord]) -> dict[tuple[str, int], tuple[str, list[str]]]:
