@@ -26,6 +26,7 @@ from ris_core.files import file_sha256, write_json
 
 ATTEMPTS = 5  # in a row that bring nothing new
 PAUSE = 1.0  # seconds before the second attempt; twice as long before each further one
+LONG = 1_000_000_000  # bytes, of which the SHA-256 takes seconds
 LARGEST = 1 << 35  # bytes of a file whose size is not known
 
 Tell = Callable[[str], None]
@@ -103,6 +104,8 @@ class _Part:
     def fetch(self, address: str) -> None:
         """Get all that is missing from an address, and check the whole. Raises Refused."""
         self._complete(address)
+        if self.size > LONG:
+            self.tell(f"checking the SHA-256 of {self.wanted.name}")
         mixed = len(self.addresses) > 1
         told = _mismatch(self.wanted, self.path)
         if told and mixed:  # of two addresses that say they have the same, one may be wrong

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
 
-from pipelines.fetching.download import bar, waiting, what_instead
+from tqdm import tqdm
+
+from pipelines.fetching.download import waiting, what_instead
 from pipelines.fetching.mirrors import joined
 from pipelines.fetching.sources import Broken, Changed, Refused, Sources, shown
 from pipelines.fetching.stock import Stock, link
@@ -71,14 +73,13 @@ def fetch_photos(
     stop = Event()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        with bar("photos", None) as progress:
+        with tqdm(desc="photos", total=len(photos), unit="photo", disable=None) as progress:
             tasks = [pool.submit(_put, photo, stock, mirrors, sources, stop) for photo in photos]
             problems = []
-            for count, task in enumerate(as_completed(tasks), start=1):
-                received, problem = task.result()
-                progress.set_postfix_str(f"{count}/{len(photos)}", refresh=False)
-                progress.update(received)
-                problems += [problem] if problem else []
+            for task in as_completed(tasks):
+                if problem := task.result():
+                    problems.append(problem)
+                progress.update()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -109,20 +110,17 @@ class _Mirror:
                 )
 
 
-def _put(
-    photo: Photo, stock: Stock, mirrors: Sequence[_Mirror], sources: Sources, stop: Event
-) -> tuple[int, str | None]:
-    """Put a photo into its place; how many bytes were fetched for it, and what went wrong."""
-    kept, received = stock.photos / photo.info.file_name, 0
+def _put(photo: Photo, stock: Stock, mirrors: Sequence[_Mirror], sources: Sources, stop: Event) -> str | None:
+    """Put a photo into its place; tells what went wrong."""
+    kept = stock.photos / photo.info.file_name
     if not kept.is_file() or _problem(kept.read_bytes(), photo.info):
         content, reasons = _fetched(photo.info, mirrors, sources, stop)
         if content is None:
-            return 0, f"{photo.info.file_name}: {'; '.join(reasons)}"
+            return f"{photo.info.file_name}: {'; '.join(reasons)}"
         with replaced_file(kept) as temporary:
             temporary.write_bytes(content)
-        received = len(content)
     link(kept, photo.place)
-    return received, None
+    return None
 
 
 def _fetched(

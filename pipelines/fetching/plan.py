@@ -49,7 +49,7 @@ def of_photos(stock: Stock, name: DatasetName, which: str, mirrors: Mirrors) -> 
         return Step("photos", "are left out")
     if which == "all" and not stock.has_all_photos():
         archive = catalogue.photos()
-        return _archive(stock, archive, mirrors, archive.about)
+        return _archive(stock, archive, mirrors, max(archive.about - stock.bytes_of_photos(), 0))
     if stock.lacks(name) and not stock.has_annotations(name):
         count = catalogue.photo_count(name.name)
         return _single(f"{count:,}, if none is there: the annotations will tell", count, mirrors)
@@ -109,7 +109,7 @@ def _archive(stock: Stock, wanted: Wanted, mirrors: Mirrors, unpacked: int) -> S
     there = part_bytes(stock.folder / wanted.name)
     left = max(wanted.about - there, 0)
     address = mirrors.of_file(wanted.name, wanted.address)[0] if left else ""
-    return Step(wanted.name, _begun(there), address, left, unpacked - there, left + unpacked)
+    return Step(wanted.name, _begun(there), address, left, max(unpacked - there, 0), left + unpacked)
 
 
 def _begun(there: int) -> str:

@@ -27,6 +27,7 @@ LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may be better in a moment
 SHOWN = 200  # characters of what a library says
 
+_CONNECTION = re.compile(r"^(<.*>|HTTPS?Connection(Pool)?\(.*?\)): ")  # urllib3's object, before what it says
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -182,7 +183,7 @@ def _reason(error: BaseException) -> str:
             break
         error = inner
     told = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    told = told.rpartition(">: ")[2].strip() or type(error).__name__
+    told = _CONNECTION.sub("", told).strip() or type(error).__name__
     return f"does not answer as it should ({told[:SHOWN]})"
 
 

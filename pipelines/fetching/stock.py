@@ -22,7 +22,7 @@ from pipelines.fetching import unpack
 from pipelines.fetching.catalogue import PHOTOS
 from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import ConfigError, DataError, list_problems
-from ris_core.files import PARTIAL, replaced_file, replaced_folder, write_json
+from ris_core.files import PARTIAL, replaced_folder, write_json
 
 FETCHED = "fetched"
 
@@ -130,13 +130,13 @@ class Stock:
 
 
 def link(kept: Path, place: Path) -> None:
-    """Put a file of the stock into a dataset's folder."""
-    with replaced_file(place) as temporary:
-        temporary.unlink()
-        try:
-            os.link(kept, temporary)
-        except OSError:  # another disk, as where the dataset's folder is a link, or a file system without hard links
-            temporary.symlink_to(kept.resolve())
+    """Put a file of the stock into a dataset's folder, which lacks it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)  # a link to what is gone
+    try:
+        os.link(kept, place)
+    except OSError:  # another disk, as where the dataset's folder is a link, or a file system without hard links
+        place.symlink_to(kept.resolve())
 
 
 def size(count: int) -> str:

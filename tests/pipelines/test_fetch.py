@@ -31,7 +31,7 @@ from pipelines.fetch import Photos
 from pipelines.fetching import catalogue, download, photos
 from pipelines.fetching.catalogue import Wanted
 from pipelines.fetching.mirrors import Mirrors, joined
-from pipelines.fetching.recipes import RECIPES, next_steps, settings
+from pipelines.fetching.recipes import RECIPES, Recipe, next_steps, settings
 from pipelines.params import load_params
 from ris_core.data.refer.audit import prepare
 from ris_core.data.refer.reader import DatasetName, facts
@@ -546,20 +546,19 @@ def test_names_below_a_folder_keep_its_options() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.preset)
-@pytest.mark.parametrize("dataset", ["refcoco_unc", "refcocog_umd"])
-def test_the_lines_for_params_choose_what_was_fetched(recipe: Any, dataset: str, tmp_path: Path) -> None:
+def test_the_lines_for_params_choose_what_was_fetched(recipe: Recipe, tmp_path: Path) -> None:
     content = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    for weights in {recipe.weights and Path("data/raw/fetched/clip") / f"{recipe.weights}.pt", None}:
-        given = yaml.safe_load("\n".join(settings(recipe, DatasetName.parse(dataset), weights)))
-        presets = {**content["presets"], **given.pop("presets", {})}
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump({**content, **given, "presets": presets}))
-        params = load_params(tmp_path / "params.yaml")
-        assert (params.datasets, params.systems, params.clips) == ([dataset], [recipe.system], [recipe.section])
-        if recipe.weights:
-            clip = params.clip(recipe.section)
-            assert clip.architecture == f"{recipe.weights}-quickgelu"
-            assert clip.weights == (str(weights) if weights else "openai")
-        assert content["presets"].keys() >= {recipe.of(DatasetName.parse(dataset))}
+    names = [DatasetName.parse(name) for name in ("refcoco_unc", "refcocog_umd")]
+    assert content["presets"].keys() >= {recipe.of(name) for name in names}
+    weights = Path("data/raw/fetched/clip") / f"{recipe.weights}.pt" if recipe.weights else None
+    given = yaml.safe_load("\n".join(settings(recipe, names[1], weights)))
+    presets = {**content["presets"], **given.pop("presets", {})}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**content, **given, "presets": presets}))
+    params = load_params(tmp_path / "params.yaml")
+    assert (params.datasets, params.systems, params.clips) == (["refcocog_umd"], [recipe.system], [recipe.section])
+    if weights:
+        clip = params.clip(recipe.section)
+        assert (clip.architecture, clip.weights) == (f"{recipe.weights}-quickgelu", str(weights))
 
 
 def test_what_comes_next() -> None:
