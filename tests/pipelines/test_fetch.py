@@ -187,6 +187,29 @@ def test_all_photos_as_one_archive(world: World, capsys: pytest.CaptureFixture[s
     assert world.asked() == ["http://published.example/train2014.zip"], "some are gone: it is not all any more"
 
 
+def test_an_archive_of_photos_that_was_partly_unpacked_is_gone_on_with(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill: the archive is whole, some photos are out, one is cut; and the disk has room for the rest alone."""
+    world.fetch(photos=Photos.none)
+    stock = world.to / "fetched"
+    (stock / "train2014").mkdir()
+    (stock / "train2014.zip").write_bytes(world.content["train2014.zip"])
+    for number in range(1, 6):
+        name = f"train2014/COCO_train2014_{number:012d}.jpg"
+        (stock / name).write_bytes(world.content[name])
+    (stock / "train2014/COCO_train2014_000000000005.jpg").write_bytes(b"cut")
+    untouched = (stock / "train2014/COCO_train2014_000000000001.jpg").stat().st_ino
+    left = len(world.content["train2014.zip"]) - sum(path.stat().st_size for path in (stock / "train2014").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, left))
+    world.server.log.clear()
+    world.fetch(photos=Photos.all)
+    assert world.asked() == []
+    assert world.prepared() == COUNT
+    assert (stock / "train2014/COCO_train2014_000000000001.jpg").stat().st_ino == untouched
+    assert not (stock / "train2014.zip").exists()
+
+
 def test_annotations_alone(world: World) -> None:
     world.fetch(photos=Photos.none)
     assert world.asked() == ["http://published.example/refcoco.zip"]
@@ -538,6 +561,20 @@ def test_the_packaged_mirrors_are_addresses_for_every_file() -> None:
     assert known.of_photos() == ["http://images.cocodataset.org/train2014/", f"{OVER_TLS}train2014/"]
     published = facts()["archives"]["train2014"]["url"]
     assert known.of_file("train2014.zip", published) == [published, f"{OVER_TLS}zips/train2014.zip"]
+
+
+def test_the_mirrors_of_the_how_to_can_be_read(tmp_path: Path) -> None:
+    example = re.search(r"```yaml\n(.*?)```", (REPOSITORY / "docs/real-data.md").read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "mirrors.yaml").write_text(example[1])
+    known = Mirrors.read(tmp_path / "mirrors.yaml")
+    assert known.of_file("refcocog.zip", "https://published/") == [
+        "s3://bucket/refer/refcocog.zip",
+        "file:///mnt/backup/refcocog.zip",
+        "s3://bucket/ris/refcocog.zip?endpoint_override=minio:9000&scheme=http",
+        "https://published/",
+    ]
+    assert known.of_photos()[1] == "s3://bucket/ris/train2014/?endpoint_override=minio:9000&scheme=http"
 
 
 def test_names_below_a_folder_keep_its_options() -> None:
