@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
+from tqdm import tqdm
 
 from pipelines import paths
 from pipelines.fetching import catalogue, plan, unpack
@@ -71,10 +72,10 @@ def main(
     name, stock = DatasetName.parse(dataset), Stock(to.expanduser())
     with _written(stock):
         if dry_run:
-            _planned(stock, name, archive, photos, weights, known)
+            _planned(stock, name, archive, photos, weights, known, typer.echo)
             return
         with stock.locked(_say), closing(Sources(AT_ONCE)) as sources:
-            steps = _planned(stock, name, archive, photos, weights, known)
+            steps = _planned(stock, name, archive, photos, weights, known, _say)
             stock.check_room(plan.needed(steps), f"fetching {dataset}")
             _annotations(stock, name, archive, known, sources)
             files = [_weights(stock, each, known, sources) for each in weights]
@@ -105,7 +106,13 @@ def checked(
 
 
 def _planned(
-    stock: Stock, name: DatasetName, archive: Wanted, which: Photos, weights: Sequence[Wanted], mirrors: Mirrors
+    stock: Stock,
+    name: DatasetName,
+    archive: Wanted,
+    which: Photos,
+    weights: Sequence[Wanted],
+    mirrors: Mirrors,
+    tell: Callable[[str], None],
 ) -> list[plan.Step]:
     """Make the plan, and tell it."""
     steps = [
@@ -113,9 +120,8 @@ def _planned(
         *(plan.of_clip(stock, each, mirrors) for each in weights),
         plan.of_photos(stock, name, which, mirrors),
     ]
-    _say(f"{name.name}, into {stock.of(name)}:")
-    for line in plan.told(steps, stock):
-        _say(line)
+    for line in (f"{name.name}, into {stock.of(name)}:", *plan.told(steps, stock)):
+        tell(line)
     return steps
 
 
@@ -149,7 +155,8 @@ def _photos(stock: Stock, name: DatasetName, which: Photos, mirrors: Mirrors, so
     problems = fetch_photos(stock, missing, mirrors.of_photos(), sources, _say)
     if problems:
         remedy = (
-            "The others are in place. The same command again asks for these alone; --mirrors names other addresses."
+            "The others are in place. The same command again asks for these alone; --mirrors names other addresses. To go on "
+            "without them, set prepare.on_bad to skip in params.yaml."
         )
         raise DataError(list_problems(f"photos of {name.name} could not be fetched", problems, remedy))
     if missing:
@@ -182,7 +189,7 @@ def _written(stock: Stock) -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    tqdm.write(line, file=sys.stderr)  # above a bar, where there is one
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ class _Part:
                 self._go_on(address)
                 return
             except Changed as error:
+                if self.wanted.size is not None and shown(address) not in self.addresses:
+                    raise Refused(str(error)) from error  # what there is was of a file of the right size
                 self.forget()
                 failure = Broken(f"{error}, and what was fetched before is given up", 0)
             except Broken as error:
@@ -146,7 +148,7 @@ class _Part:
         begun = self.size
         if begun and begun == self.total:
             return
-        mark = self.mark if self.addresses[-1:] == [address] else ""
+        mark = self.mark if self.addresses[-1:] == [shown(address)] else ""
         with self.sources.open(address, begun, mark) as opened:
             pieces = iter(opened.pieces)
             first = next(pieces, b"")
@@ -188,8 +190,8 @@ class _Part:
             self.forget()
 
     def _write_note(self, address: str, opened: Opened) -> None:
-        before = [each for each in self.addresses if each != address] if opened.start else []
-        self.addresses = [*before, address]
+        place = shown(address)  # signatures and passwords are nobody's business, and may be renewed
+        self.addresses = [*(each for each in self.addresses if each != place and opened.start), place]
         self.mark, self.total = opened.mark, opened.total or self.wanted.size
         note = {"addresses": self.addresses, "mark": self.mark, "total": self.total, "sha256": self.wanted.sha256}
         write_json(self.note, note)

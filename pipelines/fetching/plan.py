@@ -59,8 +59,8 @@ def of_photos(stock: Stock, name: DatasetName, which: str, mirrors: Mirrors) -> 
         return Step("photos", f"all {len(images):,} are in {stock.of(name)}")
     kept = sum((stock.photos / photo.info.file_name).is_file() for photo in missing)
     in_place, left = len(images) - len(missing), len(missing) - kept
-    told = f"{len(images):,}, of them {in_place:,} in place, {kept:,} to be linked, {left:,} to be fetched"
-    return _single(told, left, mirrors)
+    state = f"{in_place:,} in place, {kept:,} to be linked, {left:,} to be fetched"
+    return _single(f"{len(images):,}, of them {state}", left, mirrors)
 
 
 def of_clip(stock: Stock, wanted: Wanted, mirrors: Mirrors) -> Step:
@@ -100,9 +100,9 @@ def needed(steps: Sequence[Step]) -> int:
     return most
 
 
-def _single(told: str, count: int, mirrors: Mirrors) -> Step:
-    size = count * catalogue.photo_bytes()
-    return Step("photos", told, mirrors.of_photos()[0] if size else "", size, size, size, about=True)
+def _single(state: str, count: int, mirrors: Mirrors) -> Step:
+    amount = count * catalogue.photo_bytes()
+    return Step("photos", state, mirrors.of_photos()[0] if count else "", amount, amount, amount, about=True)
 
 
 def _archive(stock: Stock, wanted: Wanted, mirrors: Mirrors, unpacked: int) -> Step:

@@ -154,6 +154,7 @@ def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> 
         ),
         (["report"], "results/evaluate has no scores yet: run the evaluate stage first"),
         (["submit", "--", "dvc", "repro"], "nothing was submitted (3 problems):"),
+        (["fetch", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
         (["predict", "x.jpg", "the star"], "models/cris-shapes holds no model: model.json, model.safetensors missing"),
         (["predict", "x.jpg", "the star", "--out", "mask.tiff"], "--out mask.tiff: give a .png or .jpg file"),
         (

@@ -245,7 +245,7 @@ def test_where_there_are_no_hard_links_there_are_others(world: World, monkeypatc
 
 def test_a_dry_run_tells_and_does_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.fetch(dry_run=True, clip=["RN50"], photos=Photos.all)
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert not world.to.exists()
     assert world.asked() == []
     assert "refcoco.zip: " in told
@@ -258,7 +258,7 @@ def test_a_dry_run_tells_and_does_nothing(world: World, capsys: pytest.CaptureFi
     (world.to / "refcoco_unc/images").rename(world.root / "away")
     capsys.readouterr()
     world.fetch(dry_run=True)
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert f"refcoco.zip: is unpacked in {world.to / 'refcoco_unc/refcoco'}" in told
     assert "photos: 6, of them 0 in place, 6 to be linked, 0 to be fetched" in told
 
@@ -334,7 +334,12 @@ def test_photos_that_cannot_be_had_are_listed_and_the_others_stay(
             rf"COCO_train2014_0*{number}.jpg: {re.escape(PHOTO.format(number))} .*{re.escape(reason)}", told
         )
     assert OVER_TLS in told, "the second address was asked as well"
-    assert told.endswith("The same command again asks for these alone; --mirrors names other addresses.")
+    assert "The same command again asks for these alone; --mirrors names other addresses." in told
+    assert told.endswith("To go on without them, set prepare.on_bad to skip in params.yaml.")
+    records, _ = prepare(
+        world.to / "refcoco_unc", "refcoco_unc", on_bad="skip", strict=False, exclude={}, check_images=True, workers=2
+    )
+    assert [record.image_id for record in records] == [6]
     assert [path.name[-5] for path in world.to.rglob("*.jpg")] == ["6", "6"]
     server.always.clear()
     server.log.clear()

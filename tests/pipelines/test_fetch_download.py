@@ -229,6 +229,33 @@ def test_beginnings_of_two_addresses_are_put_together_only_if_that_is_the_file(s
     assert [bool(asked) for asked in server.asked(NAME)] == [True, False], "first the rest, then all of it"
 
 
+def test_a_wrong_mirror_does_not_cost_what_was_fetched_before(server: Server, tmp_path: Path) -> None:
+    """Its file is shorter than what there is already."""
+    (tmp_path / "to").mkdir()
+    (tmp_path / "short.zip").write_bytes(CONTENT[:1000])
+    server.files["/short.zip"] = CONTENT[:1000]
+    server.quirks[NAME] = [cut(HALF), status(404)]
+    wrong = [(tmp_path / "short.zip").as_uri(), server.address("/short.zip")]
+    content, told = fetched(tmp_path / "to", server.address(NAME), *wrong, server.address("/other.zip"))
+    assert content == CONTENT
+    assert [line.split()[0] for line in told[2:]] == wrong
+    assert server.asked("/other.zip")[0].startswith("bytes=")
+
+
+def test_what_is_noted_beside_a_part_holds_no_secrets(server: Server, tmp_path: Path) -> None:
+    """And an address whose signature was renewed is the same address."""
+    address = server.address(NAME).replace("//", "//me:secret@") + "?signature={}"
+    for number in (1, 2):
+        server.files[f"{NAME}?signature={number}"] = CONTENT
+    server.quirks[f"{NAME}?signature=1"] = [cut(HALF), status(403)]
+    refused(tmp_path, address.format(1))
+    noted = (tmp_path / "refcoco.zip.part.json").read_text()
+    assert "secret" not in noted
+    assert "signature" not in noted
+    assert fetched(tmp_path, address.format(2)) == (CONTENT, [])
+    assert server.asked(f"{NAME}?signature=2")[0].startswith("bytes=")
+
+
 def test_a_busy_server_is_asked_again_when_it_says(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
