@@ -167,8 +167,6 @@ def _read(address: str, info: ImageInfo, sources: Sources) -> bytes:
                 raise Refused(f"gives more than {LARGEST:,} bytes")
         if told := what_instead(bytes(content[:4096]), MAGIC, "photo"):
             raise Refused(told)
-    if opened.total is not None and len(content) != opened.total:
-        raise Broken(f"ended after {len(content):,} of {opened.total:,} bytes")
     if problem := _problem(bytes(content), info):
         raise problem
     return bytes(content)

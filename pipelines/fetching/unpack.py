@@ -19,7 +19,6 @@ from ris_core.errors import DataError, list_problems, short
 from ris_core.files import replaced_file
 
 PIECE = 1 << 20
-MOST_OF_A_BYTE = 1100  # deflate cannot give more for one; what claims to is made of parts that overlap
 
 _UNPACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 1  # bit of flag_bits
@@ -105,8 +104,6 @@ def _faults(entry: zipfile.ZipInfo, limits: Limits) -> Iterator[str]:
         yield f"is packed by method {entry.compress_type}, which is not unpacked here"
     if entry.file_size > limits.each:
         yield f"would take {entry.file_size:,} bytes, and {limits.each:,} are allowed for a file"
-    elif entry.file_size > MOST_OF_A_BYTE * (entry.compress_size + 1):
-        yield f"would take {entry.file_size:,} bytes, made of {entry.compress_size:,}"
 
 
 def _write(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, most: int, archive: Path) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fetch_world import Server, cut, lying, page, serving, sha256, slow, status, without_ranges
+from fetch_world import Handler, Server, cut, lying, page, range_of, serving, sha256, slow, status, tag, without_ranges
 
 from pipelines.fetching import download as downloading
 from pipelines.fetching.catalogue import Wanted
@@ -24,6 +24,8 @@ NAME = "/refcoco.zip"
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(downloading, "PAUSE", 0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving() as world:
         world.files[NAME] = world.files["/other.zip"] = CONTENT
         yield world
@@ -103,6 +105,23 @@ def test_a_server_that_knows_no_ranges_begins_again(server: Server, tmp_path: Pa
     assert server.asked(NAME)[1].startswith("bytes=")
 
 
+def test_a_server_that_gives_less_than_it_was_asked_for_is_asked_for_the_rest(server: Server, tmp_path: Path) -> None:
+    """As caches do that answer in blocks."""
+
+    def block(handler: Handler, content: bytes) -> None:
+        start = range_of(handler, content)
+        end = min(start + 100_000, len(content))
+        headers = {"Content_Range": f"bytes {start}-{end - 1}/{len(content)}", "ETag": tag(content)}
+        handler.head(206, end - start, **headers)
+        handler.body(content[start:end])
+
+    server.quirks[NAME] = [cut(HALF), block, block]
+    content, told = fetched(tmp_path, server.address(NAME))
+    assert content == CONTENT
+    assert "ended after 493,216 of 768,004 bytes: trying again" in told[1]
+    assert server.sent(NAME) < len(CONTENT) + 65_536
+
+
 def test_a_server_that_always_cuts_at_the_same_place_is_given_up(server: Server, tmp_path: Path) -> None:
     server.always[NAME] = without_ranges(HALF)
     told = refused(tmp_path, server.address(NAME))
@@ -114,8 +133,8 @@ def test_a_file_that_changes_between_attempts_is_not_mixed(server: Server, tmp_p
     """Of equal size: only its ETag tells."""
     new = CONTENT[:4] + CONTENT[4:][::-1]
 
-    def changing(handler: object, content: bytes) -> None:
-        cut(HALF)(handler, content)  # type: ignore[arg-type]
+    def changing(handler: Handler, content: bytes) -> None:
+        cut(HALF)(handler, content)
         server.files[NAME] = new
 
     server.quirks[NAME] = [changing]
@@ -141,9 +160,9 @@ def test_a_part_that_is_longer_than_the_file_now(server: Server, tmp_path: Path)
 
 
 def test_another_part_than_was_asked_for(server: Server, tmp_path: Path) -> None:
-    def other(handler: object, content: bytes) -> None:
-        handler.head(206, 10, Content_Range=f"bytes 5-14/{len(content)}")  # type: ignore[attr-defined]
-        handler.body(content[5:15])  # type: ignore[attr-defined]
+    def other(handler: Handler, content: bytes) -> None:
+        handler.head(206, 10, Content_Range=f"bytes 5-14/{len(content)}")
+        handler.body(content[5:15])
 
     server.quirks[NAME] = [cut(HALF), other]
     content, told = fetched(tmp_path, server.address(NAME))
@@ -273,8 +292,8 @@ def test_a_slow_server_is_waited_for(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_silent_server_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.fetching.sources.SILENT_SECONDS", 0.1)
-    server.quirks[NAME] = [slow(2, 0.5)]
+    monkeypatch.setattr("pipelines.fetching.sources.SILENT_SECONDS", 0.3)
+    server.quirks[NAME] = [slow(2, 1.0)]
     content, told = fetched(tmp_path, server.address(NAME))
     assert content == CONTENT
     assert "Read timed out" in told[0]
@@ -286,9 +305,9 @@ def test_a_file_that_is_packed_on_its_way(server: Server, tmp_path: Path) -> Non
 
 
 def test_more_than_was_said_is_not_written(server: Server, tmp_path: Path) -> None:
-    def endless(handler: object, content: bytes) -> None:
-        handler.head(200, None)  # type: ignore[attr-defined]
-        handler.body(content + content)  # type: ignore[attr-defined]
+    def endless(handler: Handler, content: bytes) -> None:
+        handler.head(200, None)
+        handler.body(content + content)
 
     server.always[NAME] = endless
     told = refused(tmp_path, server.address(NAME))
