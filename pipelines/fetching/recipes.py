@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,10 @@ def settings(recipe: Recipe, name: DatasetName, weights: Path | None) -> list[st
         f"clips: [{recipe.section}]",
     ]
     if weights:
-        lines += ["presets:", f"  mine: {{base: {preset}, clip_{recipe.section}: {{weights: {weights}}}}}"]
+        lines += [
+            "presets:",
+            f"  mine: {{base: {preset}, clip_{recipe.section}: {{weights: {json.dumps(str(weights))}}}}}",
+        ]
     return lines
 
 
@@ -59,7 +64,7 @@ def next_steps(name: DatasetName, dataset: Path, expected: Path, weights: Sequen
     lines = []
     if dataset.resolve() != expected.resolve():
         lines += ["next, link the dataset to where stages look for it:"]
-        lines += [f"  mkdir -p {expected.parent} && ln -s {dataset.resolve()} {expected}"]
+        lines += [f"  mkdir -p {expected.parent} && ln -s {shlex.quote(str(dataset.resolve()))} {expected}"]
     lines += ["next, in params.yaml:", *(f"  {line}" for line in settings(recipe, name, path))]
     if path:
         lines[-2:] = ["  presets: # one more of them", lines[-1]]

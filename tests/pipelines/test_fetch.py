@@ -466,7 +466,7 @@ def test_weights_of_clip(world: World, monkeypatch: pytest.MonkeyPatch, capsys: 
     world.fetch(photos=Photos.none, clip=["RN50"])
     assert (world.to / "fetched/clip/RN50.pt").read_bytes() == content
     told = capsys.readouterr().out
-    assert f"mine: {{base: cris, clip_rn: {{weights: {world.to}/fetched/clip/RN50.pt}}}}" in told
+    assert f'mine: {{base: cris, clip_rn: {{weights: "{world.to}/fetched/clip/RN50.pt"}}}}' in told
     world.server.log.clear()
     world.fetch(photos=Photos.none, clip=["RN50"])
     assert world.asked() == []
@@ -592,7 +592,7 @@ def test_the_lines_for_params_choose_what_was_fetched(recipe: Recipe, tmp_path: 
     content = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     names = [DatasetName.parse(name) for name in ("refcoco_unc", "refcocog_umd")]
     assert content["presets"].keys() >= {recipe.of(name) for name in names}
-    weights = Path("data/raw/fetched/clip") / f"{recipe.weights}.pt" if recipe.weights else None
+    weights = Path("/mnt/{a}: b, 'c' # d/clip") / f"{recipe.weights}.pt" if recipe.weights else None
     given = yaml.safe_load("\n".join(settings(recipe, names[1], weights)))
     presets = {**content["presets"], **given.pop("presets", {})}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({**content, **given, "presets": presets}))
@@ -613,10 +613,12 @@ def test_what_comes_next() -> None:
         "  systems: [risclip]",
         "  clips: [vit]",
         "  presets: # one more of them",
-        "    mine: {base: risclip_b, clip_vit: {weights: data/raw/fetched/clip/ViT-B-16.pt}}",
+        '    mine: {base: risclip_b, clip_vit: {weights: "data/raw/fetched/clip/ViT-B-16.pt"}}',
         "then: make repro",
     ]
-    lines = next_steps(DatasetName.parse("refcoco_unc"), Path("/mnt/ris/refcoco_unc"), Path("data/raw/refcoco_unc"), [])
-    assert "  mkdir -p data/raw && ln -s /mnt/ris/refcoco_unc data/raw/refcoco_unc" in lines
+    lines = next_steps(
+        DatasetName.parse("refcoco_unc"), Path("/mnt/my disk/refcoco_unc"), Path("data/raw/refcoco_unc"), []
+    )
+    assert "  mkdir -p data/raw && ln -s '/mnt/my disk/refcoco_unc' data/raw/refcoco_unc" in lines
     assert "  (other presets: cris_paper, cris_r101, risclip_b, risclip_l, global_local" in "\n".join(lines)
     assert "with --clip RN50" in "\n".join(lines)
