@@ -23,6 +23,7 @@ VERBS = {  # what the first line of its `main` says
     "reproduce": "Print the commands that make a registered version again; with --run, run them and verify what they make.",
     "import-checkpoint": "Make a model folder of an official CRIS checkpoint.",
     "export-checkpoint": "Write a CRIS model as the official code's checkpoints are written.",
+    "fetch": "Fetch annotations, photos and weights of CLIP: resumed, checked, and put where stages look for them.",
     "resolve": "Write the values that every stage reads, merged from params.yaml, its preset and the defaults.",
     "synthesize": "Write a synthetic dataset in exactly the official RefCOCO files.",
     "prepare": "Read a dataset, check everything about it, and write records and the audit report.",
@@ -43,6 +44,7 @@ LIBRARIES = {
     **dict.fromkeys(("predict", "import-checkpoint", "export-checkpoint"), ()),
     **dict.fromkeys(("registry", "reproduce"), ("mlflow",)),
     "serve": ("fastapi", "uvicorn"),
+    "fetch": ("requests",),
 }
 STAGES = ("ray", "mlflow")
 

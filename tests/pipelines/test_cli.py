@@ -19,7 +19,16 @@ from ris_core.evaluation.figures import overlay
 from ris_core.predictor import RISPredictor
 
 MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
-USING = ["predict", "predict-batch", "serve", "registry", "reproduce", "import-checkpoint", "export-checkpoint"]
+USING = [
+    "predict",
+    "predict-batch",
+    "serve",
+    "registry",
+    "reproduce",
+    "import-checkpoint",
+    "export-checkpoint",
+    "fetch",
+]
 VERBS = [*MAKING, "evaluate", "register", "compare", "report", *USING, "submit"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""
@@ -56,8 +65,8 @@ def ris(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("missing", "offered"),
     [
-        (("ray", "mlflow", "fastapi"), {"predict", "import-checkpoint", "export-checkpoint"}),
-        (("ray",), {"predict", "import-checkpoint", "export-checkpoint", "serve", "registry", "reproduce"}),
+        (("ray", "mlflow", "fastapi", "requests"), {"predict", "import-checkpoint", "export-checkpoint"}),
+        (("ray",), {"predict", "import-checkpoint", "export-checkpoint", "fetch", "serve", "registry", "reproduce"}),
         ((), set(VERBS)),
     ],
 )
@@ -145,6 +154,7 @@ def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> 
         ),
         (["report"], "results/evaluate has no scores yet: run the evaluate stage first"),
         (["submit", "--", "dvc", "repro"], "nothing was submitted (3 problems):"),
+        (["fetch", "refcoco"], "there is no dataset 'refcoco': did you mean refcoco_unc or"),
         (["predict", "x.jpg", "the star"], "models/cris-shapes holds no model: model.json, model.safetensors missing"),
         (["predict", "x.jpg", "the star", "--out", "mask.tiff"], "--out mask.tiff: give a .png or .jpg file"),
         (
