@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipelines import fingerprint, gate, paths, versions
-from pipelines.compare import MEASURES
 from pipelines.model_card import model_card
+from pipelines.paired import MEASURES
 from ris_core import files
 from ris_core.models.registry import WEIGHTS, ModelInfo
 from ris_core.options import Plain
