@@ -20,7 +20,8 @@ from ris_core.predictor import RISPredictor
 
 MAKING = ["resolve", "synthesize", "prepare", "preprocess", "propose", "pretrain-clip", "initialise", "train"]
 USING = ["predict", "predict-batch", "serve", "registry", "reproduce", "import-checkpoint", "export-checkpoint"]
-VERBS = [*MAKING, "evaluate", "register", "compare", "report", *USING, "submit"]
+ALONE = {"predict", "score", "tabulate", "import-checkpoint", "export-checkpoint"}  # with the library and nothing else
+VERBS = [*MAKING, "evaluate", "score", "tabulate", "register", "compare", "report", *USING, "submit"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""
 import sys
@@ -56,8 +57,8 @@ def ris(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("missing", "offered"),
     [
-        (("ray", "mlflow", "fastapi"), {"predict", "import-checkpoint", "export-checkpoint"}),
-        (("ray",), {"predict", "import-checkpoint", "export-checkpoint", "serve", "registry", "reproduce"}),
+        (("ray", "mlflow", "fastapi"), ALONE),
+        (("ray",), {*ALONE, "serve", "registry", "reproduce"}),
         ((), set(VERBS)),
     ],
 )
