@@ -97,6 +97,9 @@ def check_fit(
         )
     if info.proposals is not None:
         problems += _proposals_in_the_way(info.proposals, store, dataset, splits)
+        photo = paths.raw(dataset) / store.row(int(store.images_of(splits[0])[0]))["file_name"]
+        if not photo.is_file():
+            problems.append(f"it sees the photos themselves, and there is no {photo}: link the dataset's folder there")
     if problems:
         raise WeightsError(list_problems(f"{place} cannot be scored on {dataset}", problems))
 

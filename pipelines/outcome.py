@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import places
-from pipelines.scores import rounded
+from pipelines.paired import MEASURES
 from ris_core import files
 from ris_core.errors import DataError
 from ris_core.evaluation.metrics import Protocol
 from ris_core.options import Plain
 
+_INTERVALS = {f"{measure}_95" for measure in MEASURES}
 ABOUT, METRICS, PROTOCOLS, EXPRESSIONS = "about.json", "metrics.json", "protocols.json", "expressions"
 
 
@@ -58,7 +59,7 @@ def write(
     for name, table in tables.items():
         pq.write_table(table, folder / EXPRESSIONS / f"{name}.parquet")
     files.write_json(folder / PROTOCOLS, {p.name: {**asdict(p), **told} for p, told in protocols.items()})
-    files.write_json(folder / METRICS, rounded(metrics))
+    files.write_json(folder / METRICS, metrics)
     files.write_json(folder / ABOUT, about)
 
 
@@ -69,10 +70,14 @@ def read(folder: Path) -> Outcome:
     """
     try:
         metrics = json.loads((folder / METRICS).read_text())
+        if not all(
+            isinstance(part, dict) and part.keys() >= _INTERVALS for each in metrics.values() for part in each.values()
+        ):
+            raise KeyError(f"{METRICS} has no scores with intervals, by protocol and split")
         about = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else _of_stage(folder)
         weights = about.get("model", {}).get("weights_sha256")
         return Outcome(about["name"], about["dataset"], about.get("trained_on"), weights, metrics)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last where it holds no dicts
         told = error.strerror if isinstance(error, OSError) else error.args[0]
         raise DataError(
             f"{folder} holds no evaluation ({told}): give what `ris evaluate --model ... --out` or `ris score ... --out` wrote, "

@@ -40,13 +40,12 @@ def main(
 ) -> None:
     """Score somebody's predicted masks under every protocol; with --against, test two of them against each other."""
     DatasetName.parse(dataset).check_split(split)
-    check(predictions, against, missing, out)
+    given = [file for file in (predictions, against) if file is not None]
+    check(given, missing, out)
     params = load_params(paths.PARAMS).evaluate
     store = ShardStore(paths.shards(dataset))
     store.refs_of(split)
     store.verify()
-    manifest = store.folder / MANIFEST
-    given = [file for file in (predictions, against) if file is not None]
     found = [
         Scored.of(file, each, store, split, params) for file, each in read_all(given, store, dataset, split, missing)
     ]
@@ -58,17 +57,19 @@ def main(
         for line in headlines(part["splits"]):
             typer.echo(f"{protocol:12s} {line}")
     if out is not None:
-        about = {"name": name or predictions.stem, "dataset": dataset, "data_digest": files.file_sha256(manifest)}
+        digest = files.file_sha256(store.folder / MANIFEST)
+        about: Plain = {"name": name or predictions.stem, "dataset": dataset, "data_digest": digest}
         write(out, about, found[0], params, tested)
 
 
-def check(predictions: Path, against: Path | None, missing: str, out: Path | None) -> None:
+def check(given: list[Path], missing: str, out: Path | None) -> None:
     """Raise ConfigError, with all that is wrong, for options that cannot be followed."""
     problems = []
     if missing not in ("error", "zero"):
         problems.append(f"--missing {missing}: use error, or zero to count them as answered with an empty mask")
-    if against is not None and against.resolve() == predictions.resolve():
-        problems.append(f"--against {against} is the file itself: give another")
+    problems += [f"{file}: no such file" for file in given if not file.is_file()]
+    if len({file.resolve() for file in given}) < len(given):
+        problems.append(f"--against {given[1]} is the file itself: give another")
     if out is not None and (problem := outcome.problem_of_place(out)):
         problems.append(problem)
     if problems:

@@ -105,6 +105,12 @@ def test_a_verb_says_which_library_it_lacks(workplace: Workplace) -> None:
         "-c", WITHOUT, "ray,dvc,mlflow,pandas,jinja2,psutil", "predict", "grey.png", "the star", cwd=workplace.root
     )
     assert done.returncode == 0, done.stderr
+    command = ("score", "none.json", "--dataset", "shapes", "--split", "val")
+    done = python("-c", WITHOUT, "ray,dvc,mlflow,pandas,jinja2,psutil", *command, cwd=workplace.root)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: nothing was scored (1 problem):\n  - none.json: no such file\n",
+    )
 
 
 def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> None:

@@ -200,6 +200,8 @@ def test_mistakes_of_both_files_and_all_options_are_told(given: Workplace) -> No
         )
     for part in ("(3 problems)", "--missing no", "good.json is the file itself", "--out . exists already"):
         assert part in str(wrong.value), part
+    with pytest.raises(ConfigError, match=r"(?s)\(2 problems\).*a.json: no such file.*b.json: no such file"):
+        score.main(Path("a.json"), DATASET, "val", against=Path("b.json"))
     with pytest.raises(DataError, match="shapes has no split 'test'"):
         score.main(Path("good.json"), DATASET, "test")
 
@@ -269,7 +271,7 @@ def test_predictions_written_here_give_the_evaluations_figures(
 def outcome(folder: str, name: str, dataset: str, value: float, **about: Any) -> Path:
     place = Path(folder)
     place.mkdir(parents=True)
-    part = {"mIoU": value, "mIoU_95": [value, value]}
+    part = {"mIoU": value, "mIoU_95": [value, value], "oIoU": value, "oIoU_95": [value, value]}
     (place / "metrics.json").write_text(json.dumps({"ours": {"val": part}}))
     if name:
         (place / "about.json").write_text(json.dumps({"name": name, "dataset": dataset, **about}))
@@ -296,6 +298,14 @@ def test_models_of_one_name_are_kept_apart(workplace: Workplace, capsys: pytest.
         tabulate.main(folders, protocol="mine", metric="IoU")
     with pytest.raises(DataError, match=r"nowhere holds no evaluation \(No such file or directory\)"):
         tabulate.main([Path("nowhere")])
+    for content, problem in (
+        ("[]", "has no attribute"),
+        ('{"val": {"mIoU": 1}}', "no scores with intervals"),
+        ("{", ""),
+    ):
+        (folders[1] / "metrics.json").write_text(content)
+        with pytest.raises(DataError, match=rf"a holds no evaluation \(.*{problem}"):
+            tabulate.main(folders)
 
 
 def test_options_that_do_not_go_together_are_told_at_once(workplace: Workplace) -> None:
@@ -357,6 +367,8 @@ def test_proposals_that_do_not_fit_say_what_to_run(workplace: Workplace) -> None
         "it chooses among proposals, and shapes has none (data/proposals/shapes/manifest.json does not exist" in message
     )
     assert "run `ris propose --dataset shapes` with a system that chooses among proposals" in message
+    assert "it sees the photos themselves, and there is no data/raw/shapes/images/mscoco" in message
+    workplace.link("raw")
     options = dict(load_model(Path("models/zero"))[1].info.proposals or {})
     folder = paths.proposals(DATASET)
     folder.mkdir(parents=True)

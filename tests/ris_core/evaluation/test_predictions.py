@@ -361,6 +361,23 @@ def test_damaged_masks_are_told_and_nothing_else_happens(segmentation: Any, stor
     assert lines[1].startswith(f"  - entry 0 (sent_id {first['sentence']['sent_id']}): ")
 
 
+def test_mutated_files_are_read_or_refused(store: ShardStore, tmp_path: Path) -> None:
+    entries = [{**KEYS["all"](each), "segmentation": rle(each)} for each in expressions(store)]
+    whole = json.dumps({"info": {"split": SPLIT, "protocol": {"threshold": 0.5}}, "annotations": entries}).encode()
+    draw, told = random.Random(5), []
+    for _ in range(200):
+        content = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            content[draw.randrange(len(content))] = draw.choice(b'0123456789-."[]{}:,eE~ nt\\')
+        (tmp_path / "some.json").write_bytes(content)
+        try:
+            matching.read(tmp_path / "some.json", store, DATASET, SPLIT)
+        except DataError as error:
+            told.append(len(str(error)))
+    assert 100 < len(told) < 200
+    assert max(told) < 5000
+
+
 def test_a_file_without_its_end_is_never_there(store: ShardStore, tmp_path: Path) -> None:
     def breaking() -> Any:
         yield {"sent_id": 1}
