@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines import paths
 from ris_core import config
+from ris_core.data.own.description import named
+from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import ConfigError, list_problems
 from ris_core.options import option
 
@@ -59,5 +62,13 @@ class Params(config.Params):
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
-    """Read, check and merge a parameter file; see `ris_core.config.load_params`."""
-    return config.load_params_as(Params, path)
+    """Read, check and merge a parameter file; see `ris_core.config.load_params`. Datasets of one's own have to be there."""
+    return config.load_params_as(Params, path, dataset_name)
+
+
+def dataset_name(name: str) -> DatasetName:
+    """Give the dataset of that name: a published one, an embedded one, or one's own, which has a `dataset.yaml`.
+
+    Raises DataError, with the known ones, if there is none.
+    """
+    return named(paths.raw(name))

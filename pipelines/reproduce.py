@@ -85,7 +85,7 @@ def commands(origin: Origin, place: Path) -> list[list[str]]:
     return [
         ["git", "clone", "--quiet", "--no-checkout", source, str(place)],
         ["git", "-C", str(place), "checkout", "--quiet", "--detach", origin.commit],
-        [sys.executable, "-m", "dvc", "repro", "--cwd", str(place), f"evaluate@{origin.system}-{origin.dataset}"],
+        [sys.executable, "-m", "dvc", "--cd", str(place), "repro", f"evaluate@{origin.system}-{origin.dataset}"],
     ]
 
 

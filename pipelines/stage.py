@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from pipelines import inputs, lifeline, paths
-from pipelines.params import Params, load_params
+from pipelines.params import Params, dataset_name, load_params
 from ris_core.config import preset_overrides
 from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import ConfigError, RISError
@@ -47,7 +47,7 @@ def _read(watched: Path) -> object:
 
 def check_names(dataset: str, system: str | None = None) -> DatasetName:
     """Give the dataset of that name. Raises DataError or ConfigError, with the known ones, if it or the system is unknown."""
-    name = DatasetName.parse(dataset)
+    name = dataset_name(dataset)
     if system is not None:
         system_class(system)
     return name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from typing import Literal
 from pipelines import fingerprint, paths
 from pipelines.params import Params
 from ris_core.data.shards import MANIFEST
-from ris_core.errors import ClusterError
+from ris_core.errors import ClusterError, DataError
 from ris_core.files import file_sha256
 from ris_core.models.contract import MapSystem
 from ris_core.storage import Storage
@@ -82,6 +83,17 @@ class Left:
         self.storage.write("logged.json", json.dumps({"store": paths.tracking_uri()}).encode())
 
 
+def check_splits(dataset: str, needed: Sequence[str]) -> None:
+    """Raise DataError, before anything is started, if there is nothing to train on, or to choose the best epoch by."""
+    splits = json.loads((paths.shards(dataset) / MANIFEST).read_text(encoding="utf-8"))["splits"]
+    missing = [split for split in needed if not splits.get(split, {}).get("refs")]
+    if missing:
+        raise DataError(
+            f"{dataset} has no referents in {' and '.join(missing)}, which its training needs; it has "
+            f"{', '.join(splits) or 'none at all'}. A model trained elsewhere can be scored on it"
+        )
+
+
 def trained(params: Params, training: Training) -> tuple[Checkpoint, str]:
     """Run a training from its beginning, or from where it was interrupted, to its end: final checkpoint and name of its run.
 
@@ -94,6 +106,7 @@ def trained(params: Params, training: Training) -> tuple[Checkpoint, str]:
     if done is not None and done.position.epoch >= training.params.epochs:  # else the newest one was damaged
         print(f"{name} was trained to its end before: nothing is left to do", file=sys.stderr)
         return done, name
+    check_splits(training.dataset, ["train", training.params.validate_split])
     from pipelines import ray_training  # takes seconds
 
     ray_training.tracked_fit(params, training, name)

@@ -7,7 +7,7 @@ reported in one `ConfigError`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from ris_core.data.refer.audit import PrepareParams
-from ris_core.data.refer.reader import DATASETS
+from ris_core.data.refer.reader import DatasetName
 from ris_core.data.shapes.flavours import FLAVOURS
 from ris_core.data.shapes.synthetic import SyntheticSpec
 from ris_core.data.shards import PreprocessParams
-from ris_core.errors import ConfigError, list_problems, short
+from ris_core.errors import ConfigError, DataError, list_problems, short
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.models.proposals import ProposalsParams
 from ris_core.models.registry import first_stage, system_class, systems, trains
@@ -39,7 +39,7 @@ class Params:
 
     preset: str = "default"
     synthetic_datasets: list[str] = option(["shapes"], choices=tuple(FLAVOURS))
-    datasets: list[str] = option(["shapes"], choices=tuple(DATASETS))
+    datasets: list[str] = option(["shapes"])  # who loads the file knows which there are
     systems: list[str] = option(["cris"], choices=tuple(systems()))
     clips: list[str] = option(["rn"], choices=CLIPS)
     captions: str = option("shapes", choices=tuple(FLAVOURS))
@@ -78,8 +78,10 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     return load_params_as(Params, path)
 
 
-def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
-    """Do `load_params` with the sections that `kind` adds."""
+def load_params_as(
+    kind: type[Kind], path: str | Path, dataset_name: Callable[[str], DatasetName] = DatasetName.parse
+) -> Kind:
+    """Do `load_params` with the sections that `kind` adds. `dataset_name` raises DataError for a dataset there is not."""
     path = Path(path)
     raw = _read(path)
     presets = raw.pop("presets", None) or {}
@@ -98,6 +100,7 @@ def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
         problems += misfits(whole, given, prefix, schemas)
         problems += _contradictions(schema, below, given, prefix, problems)
         problems += _impossible_trainings(given, prefix)
+    problems += _unknown_datasets(raw, problems, dataset_name)
     chosen = str(raw.get("preset", schema.preset))
     if chosen not in presets and chosen != schema.preset:
         problems.append(f"preset: no preset named '{chosen}'; there are {', '.join(map(str, presets)) or 'none'}")
@@ -114,6 +117,19 @@ def load_params_as(kind: type[Kind], path: str | Path) -> Kind:
     if problems:
         raise ConfigError(list_problems(f"{path} cannot be used", problems))
     return params
+
+
+def _unknown_datasets(given: DictConfig, known: list[str], dataset_name: Callable[[str], DatasetName]) -> list[str]:
+    """List datasets that there are not, unless the list itself is no list of names."""
+    if "datasets" not in given or any(line.startswith("datasets") for line in known):
+        return []
+    problems = []
+    for name in given.datasets:
+        try:
+            dataset_name(name)
+        except DataError as error:
+            problems.append(f"datasets: {error}")
+    return problems
 
 
 def _read(path: Path) -> DictConfig:

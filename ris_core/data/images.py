@@ -119,18 +119,27 @@ def _by_size(content: bytes) -> str:
 
 def _rgb(image: Image.Image, name: str | Path, upright: bool = False) -> np.ndarray:
     """Give the pixels in 8 bits. Pillow would cut more than 8 bits off at 255, which makes such images white."""
-    of_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    of_16_bits = _of_16_bits(image)  # before it is turned, which forgets the format
     if upright:
         image = ImageOps.exif_transpose(image)
     if of_16_bits:
         levels = (np.asarray(image).astype(np.uint32) * 255 + 32_767) // 65_535
         return np.repeat(levels.astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
+    check_depth(image, name)
+    return np.asarray(image.convert("RGB"))
+
+
+def check_depth(image: Image.Image, name: str | Path) -> None:
+    """Raise BadImage where the pixels are numbers that do not say what is white."""
+    if image.mode == "F" or (image.mode == "I" and not _of_16_bits(image)):
         kind = "integers of 32 bits" if image.mode == "I" else "floating-point numbers"
         raise BadImage(
             name, f"its pixels are {kind}, whose black and white are not known; save it with 8 bits a channel"
         )
-    return np.asarray(image.convert("RGB"))
+
+
+def _of_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _check_size(width: int, height: int, name: str | Path) -> None:

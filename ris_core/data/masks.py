@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 
 from ris_core.errors import DataError
 
+STRAY_NUMBERS = (2, 4)  # of one or two points
 POLYGON_MIN_NUMBERS = 6  # three points; COCO tools read four numbers as a box
 
 
@@ -44,6 +45,13 @@ def area(counts: str, height: int, width: int) -> int:
     return int(_check_counts(counts, height, width)[1::2].sum())
 
 
+def extent(counts: str, height: int, width: int) -> tuple[float, float, float, float]:
+    """Give x, y, width, height in pixels of the box around a mask's foreground. Raises DataError as `decode` does."""
+    _check_counts(counts, height, width)
+    x, y, wide, high = coco_mask.toBbox({"size": [height, width], "counts": counts.encode("ascii")}).tolist()
+    return x, y, wide, high
+
+
 def segmentation_to_counts(segmentation: Any, height: int, width: int) -> str:
     """Give the counts of the union of all parts of a COCO `segmentation` at (height, width) pixels.
 
@@ -65,6 +73,17 @@ def segmentation_to_counts(segmentation: Any, height: int, width: int) -> str:
         raise DataError("; ".join(problems))
     union = rles[0] if len(rles) == 1 else coco_mask.merge(rles)
     return str(union["counts"].decode("ascii"))
+
+
+def without_strays(segmentation: Any) -> Any:
+    """Give a COCO `segmentation` without polygons of one or two points, which cover nothing, if any other part remains.
+
+    Labelling tools leave them behind where somebody clicked once too often.
+    """
+    if not isinstance(segmentation, list):
+        return segmentation
+    parts = [part for part in segmentation if not (isinstance(part, list) and len(part) in STRAY_NUMBERS)]
+    return parts or segmentation
 
 
 def is_polygons(segmentation: Any) -> bool:

@@ -9,7 +9,8 @@ import ray.cloudpickle
 from pipelines_world import DATASET, Workplace, python
 
 from pipelines import inputs, paths, stage
-from pipelines.training import Stage, Training
+from pipelines.training import Stage, Training, check_splits
+from ris_core.errors import DataError
 from ris_core.options import digest
 
 
@@ -59,6 +60,13 @@ def test_what_decides_the_weights_is_in_the_name(changes: dict[str, object], wor
     before = training_of("train", "cris").name()
     workplace.change(**changes)
     assert training_of("train", "cris").name() != before
+
+
+def test_splits_that_training_needs_are_looked_for_before_anything_starts(workplace: Workplace) -> None:
+    workplace.link("shards")
+    check_splits(DATASET, ["train", "val"])
+    with pytest.raises(DataError, match=r"has no referents in test, which its training needs; it has .*train.*scored"):
+        check_splits(DATASET, ["train", "test"])
 
 
 RENAMED = {  # of what: the training of CRIS, the first stage of RISCLIP, its second

@@ -138,7 +138,7 @@ def test_all_problems_of_sections_and_presets_come_at_once(tmp_path: Path) -> No
     )
     expected = {
         "trian": "did you mean 'train'?",
-        "datasets": "'refcoco' is not one of refcoco_unc, ",
+        "datasets": "there is no dataset 'refcoco': did you mean refcoco_unc or refcoco_google? ",
         "preprocess.image_size": "16 is below the minimum 32",
         "preprocess.storage": "'png' is not one of pixels, jpeg",
         "train.epochs": "Value 'many' of type 'str' could not be converted to Integer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -48,44 +48,54 @@ class PrepareParams:
 
 def prepare(
     root: str | Path,
-    name: str,
+    dataset: str | DatasetName,
     *,
     on_bad: str,
     strict: bool,
     exclude: Mapping[str, str | Path],
     check_images: bool,
     workers: int,
+    read: Callable[[Path, DatasetName], ReferFiles] = read_refer,
 ) -> tuple[list[ImageRecord], dict[str, Any]]:
-    """Make records and audit report of the dataset `name` below `root`.
+    """Make records and audit report of a dataset below `root`.
 
     on_bad: "error" raises one DataError that lists all referents that cannot be used and why, "skip" leaves them out.
     strict: differing from the published counts is an error, not a warning. exclude: roots of other datasets by name; no
-    training referent stays on an image that is val or test there. check_images: decode every image on `workers`
-    threads; when off, images need not be there at all.
+    training referent stays on an image that is val or test there, or, of a mixed dataset, in any part. check_images: decode
+    every image on `workers` threads; when off, images need not be there at all. read: gives the files' rows; by default
+    those of the official files.
     Raises DataError for files that cannot be used.
     """
-    root, dataset = Path(root), DatasetName.parse(name)
+    root = Path(root)
+    dataset = dataset if isinstance(dataset, DatasetName) else DatasetName.parse(dataset)
+    name = dataset.name
     others = {other: read_references(Path(place), DatasetName.parse(other)) for other, place in exclude.items()}
-    files = read_refer(root, dataset)
+    files = read(root, dataset)
     used = {image_id for image_id, _ in files.references}
     images = [image for image in files.images.values() if image.image_id in used]
-    paths, missing = locate_images(root, images)
-    decoded = decode_images(root, images, paths, missing, workers) if check_images else None
-    records, problems = build_records(files, paths, decoded.problems if decoded else {}, on_bad=on_bad)
+    located = locate_images(root, images)
+    decoded = decode_images(root, images, located, workers) if check_images else None
+    records, problems = build_records(files, located.paths, decoded.problems if decoded else {}, on_bad=on_bad)
     published = compare_with_published(dataset, records)
     differences = [text for text in map(_difference, published) if text]
     if strict and differences:
         remedy = "Get the whole official files, or turn `strict` off (params.yaml: prepare.strict)."
         raise DataError(list_problems(f"{name} differs from the published counts", differences, remedy))
-    scored = {image for other in others.values() for image, ref in other.references if ref.split != "train"}
+    guards = [*others.values(), *([files] if dataset.is_mixed else [])]
+    scored = {image for guard in guards for image, ref in guard.references if ref.split != "train"}
     written, excluded = exclude_images(records, scored)
     report = audit(files, written, problems, decoded, excluded)
-    groups = _split_images(name, ((record.image_id, ref.split) for record in written for ref in record.refs))
-    for other, refs in others.items():
-        groups = {**_split_images(other, ((image_id, ref.split) for image_id, ref in refs.references)), **groups}
+    groups = _split_images(dataset, ((record.image_id, ref.split) for record in written for ref in record.refs))
+    for refs in others.values():
+        groups = {**_split_images(refs.name, ((image_id, ref.split) for image_id, ref in refs.references)), **groups}
     report["shared_images"] = image_leakage(groups)
     report["published"] = published
-    report["warnings"] = [*_left_out(report["refs"]), *differences, *_leaks(report["shared_images"])]
+    report["warnings"] = [
+        *_left_out(report["refs"]),
+        *_turned(decoded, {record.image_id for record in written}),
+        *differences,
+        *_leaks(report["shared_images"]),
+    ]
     for warning in report["warnings"]:
         log.warning("%s: %s", name, warning)
     return written, report
@@ -120,6 +130,7 @@ def audit(
             "kept": len(records),
             "checked": decoded is not None,
             "not_rgb": decoded.not_rgb if decoded else None,
+            "exif_turned": len(decoded.turned) if decoded else None,
         },
         "annotations": {
             "in_file": len(files.annotations.keys() | files.bad_annotations.keys()),
@@ -157,12 +168,12 @@ def image_leakage(groups: Mapping[str, set[int]]) -> list[dict[str, Any]]:
     ]
 
 
-def _split_images(name: str, located: Iterable[tuple[int, str]]) -> dict[str, set[int]]:
+def _split_images(name: DatasetName, located: Iterable[tuple[int, str]]) -> dict[str, set[int]]:
     """Give image ids by `<dataset>/<split>`, from (image_id, split) pairs; splits in the dataset's own order."""
     images: defaultdict[str, set[int]] = defaultdict(set)
     for image_id, split in located:
         images[split].add(image_id)
-    return {f"{name}/{split}": images[split] for split in DatasetName.parse(name).splits}
+    return {f"{name.name}/{split}": images[split] for split in name.splits}
 
 
 def _difference(row: Mapping[str, Any]) -> str:
@@ -173,6 +184,19 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 def _left_out(refs: Mapping[str, int]) -> list[str]:
     return [f"{refs['bad']} of {refs['in_file']} refs cannot be used and were left out"] if refs["bad"] else []
+
+
+def _turned(decoded: Decoded | None, used: Collection[int]) -> list[str]:
+    """Warn of photos that viewers show otherwise than they are stored; COCO's own annotations are drawn on the latter."""
+    paths = [path for image_id, path in decoded.turned.items() if image_id in used] if decoded else []
+    if not paths:
+        return []
+    shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+    return [
+        f"{len(paths)} photos have an EXIF orientation, which turns or mirrors them where they are displayed ({shown}). Their "
+        "annotations are taken as drawn on the pixels as stored. If they were drawn on the picture as displayed, every "
+        "such mask lies on wrong pixels: save these photos upright (PIL.ImageOps.exif_transpose) and prepare again"
+    ]
 
 
 def _leaks(shared: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -237,16 +261,18 @@ def _odd_shapes(files: ReferFiles, records: Sequence[ImageRecord]) -> list[Probl
     for record in records:
         for instance in record.instances:
             where = f"annotation {instance.ann_id} of image {record.image_id}"
-            segmentation = files.annotations[instance.ann_id].segmentation
+            given = files.annotations[instance.ann_id]
+            segmentation = masks.without_strays(given.segmentation)
             if masks.is_polygons(segmentation):
                 area, bbox = _polygon_shape(segmentation)
                 tolerances = AREA_TOLERANCE, BBOX_TOLERANCE
             else:
                 area, bbox = _mask_shape(instance, record)
                 tolerances = RLE_AREA_TOLERANCE, RLE_BBOX_TOLERANCE
-            if abs(instance.area - area) > max(tolerances[0] * area, 0.01):
+            if given.area is not None and abs(instance.area - area) > max(tolerances[0] * area, 0.01):
                 problems.append(Problem("area_mismatch", f"{where}: area {instance.area:g}, its shape has {area:g}"))
-            if max(abs(a - b) for a, b in zip(instance.bbox, bbox, strict=True)) > tolerances[1]:
+            apart = max(abs(a - b) for a, b in zip(instance.bbox, bbox, strict=True))
+            if given.bbox is not None and apart > tolerances[1]:
                 extent = [round(number, 2) for number in bbox]
                 problems.append(
                     Problem("bbox_mismatch", f"{where}: bbox {list(instance.bbox)}, its shape has {extent}")

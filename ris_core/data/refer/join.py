@@ -31,10 +31,10 @@ def build_records(
     if on_bad not in ON_BAD:
         raise ConfigError(f"on_bad must be one of {', '.join(ON_BAD)}; found {on_bad!r}")
     used_images = {image_id for image_id, _ in files.references}
-    instances, mask_problems = _instances(files, used_images)
+    instances, mask_problems, strays = _instances(files, used_images)
     bad_annotations = {**files.bad_annotations, **mask_problems}
     bad_images = {**files.bad_images, **image_problems}
-    problems = list(files.problems)
+    problems = [*files.problems, *strays]
     spoilt: defaultdict[Problem, list[int]] = defaultdict(list)
     kept: defaultdict[int, list[Reference]] = defaultdict(list)
     for image_id, ref in files.references:
@@ -74,10 +74,13 @@ def exclude_images(
     return kept, dropped
 
 
-def _instances(files: ReferFiles, images: set[int]) -> tuple[dict[int, list[Instance]], dict[int, Problem]]:
-    """Give instances of the given images, by image id, and what is wrong with annotations without a usable mask, by id."""
+def _instances(
+    files: ReferFiles, images: set[int]
+) -> tuple[dict[int, list[Instance]], dict[int, Problem], list[Problem]]:
+    """Give instances of the given images, by image id; what is wrong with annotations without a usable mask, by id; strays."""
     instances: defaultdict[int, list[Instance]] = defaultdict(list)
     bad: dict[int, Problem] = {}
+    strays: list[Problem] = []
     for annotation in files.annotations.values():
         image = files.images.get(annotation.image_id)
         where = f"annotation {annotation.ann_id} of image {annotation.image_id}"
@@ -89,25 +92,39 @@ def _instances(files: ReferFiles, images: set[int]) -> tuple[dict[int, list[Inst
                 bad[annotation.ann_id] = made
             else:
                 instances[annotation.image_id].append(made)
-    return instances, bad
+                strays += _strays(annotation, where)
+    return instances, bad, strays
 
 
 def _instance(annotation: Annotation, image: ImageInfo, category: str, where: str) -> Instance | Problem:
+    segmentation = masks.without_strays(annotation.segmentation)
     try:
-        counts = masks.segmentation_to_counts(annotation.segmentation, image.height, image.width)
+        counts = masks.segmentation_to_counts(segmentation, image.height, image.width)
     except DataError as error:
         return Problem("degenerate_segmentation", f"{where}: {error}")
-    if masks.area(counts, image.height, image.width) == 0:
+    area = masks.area(counts, image.height, image.width)
+    if area == 0:
         return Problem("empty_mask", f"{where}: its mask has no pixel")
     return Instance(
         ann_id=annotation.ann_id,
         category_id=annotation.category_id,
         category=category,
         iscrowd=annotation.iscrowd,
-        bbox=annotation.bbox,
-        area=annotation.area,
+        bbox=annotation.bbox or masks.extent(counts, image.height, image.width),
+        area=float(area) if annotation.area is None else annotation.area,
         counts=counts,
     )
+
+
+def _strays(annotation: Annotation, where: str) -> list[Problem]:
+    """Tell of polygons that cover nothing and were left out."""
+    left = len(annotation.segmentation) - len(masks.without_strays(annotation.segmentation))
+    if not left:
+        return []
+    text = (
+        f"{where}: {left} of its {len(annotation.segmentation)} polygons have fewer than three points and were left out"
+    )
+    return [Problem("stray_polygon", text)]
 
 
 def _join_faults(

@@ -1,6 +1,6 @@
 """The official REFER files of RefCOCO, RefCOCO+, RefCOCOg and the embedded datasets, read as typed rows.
 
-    <root>/<folder>/refs(<split-by>).p     who is referred to, and how
+    <root>/<folder>/refs(<split-by>).p     who is referred to, and how; or refs(<split-by>).json, the same as JSON
     <root>/<folder>/instances.json         COCO annotations of all images that have referents
 
 Formats: github.com/lichengunc/refer. Nothing is joined here (`ris_core.data.refer.join` does) and no image is opened. What is
@@ -35,6 +35,7 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 _UNC, _UMD, _GOOGLE = ("train", "val", "testA", "testB"), ("train", "val", "test"), ("train", "val", "test")
+MIXED = "mixed"  # in place of a split-by
 DATASETS = {
     "refcoco_unc": ("refcoco", "unc", _UNC),
     "refcoco_google": ("refcoco", "google", _GOOGLE),
@@ -63,12 +64,20 @@ class DatasetName:
             return cls(name, *DATASETS[name])
         related = [known for known, (folder, *_) in DATASETS.items() if folder == name.split("_")[0]]
         hint = f"did you mean {' or '.join(related)}? " if related else ""
-        raise DataError(f"there is no dataset '{name}': {hint}Valid names: {', '.join(DATASETS)}")
+        raise DataError(
+            f"there is no dataset '{name}': {hint}Valid names: {', '.join(DATASETS)}; one of your own has a file "
+            "dataset.yaml in its folder, data/raw/<name>"
+        )
 
     @property
     def file_safe(self) -> str:
         """Give the name without characters that shells, URLs and DVC would need quoted: refcoco+_unc is refcocop_unc."""
         return self.name.replace("+", "p")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Tell whether it is made of several datasets, see `ris_core.data.own.mixed`."""
+        return self.split_by == MIXED
 
     @property
     def refs_file(self) -> str:
@@ -115,14 +124,18 @@ def read_refer(root: Path, name: DatasetName) -> ReferFiles:
     is wrong with single entries is listed in the result.
     """
     files = read_references(root, name)
-    remedy, place = how_to_get(name), root / name.instances_file
-    content, identity = read_input(root, name.instances_file, remedy)
-    files.inputs.append(identity)
-    tables = parse_json(content, place, remedy)
+    files.inputs.append(read_instances(root, name.instances_file, how_to_get(name), files))
+    return files
+
+
+def read_instances(root: Path, path: str, remedy: str, files: ReferFiles) -> InputFile:
+    """Read a COCO instances file below `root` into the tables of `files`, and give its identity. Raises as `read_refer` does."""
+    content, identity = read_input(root, path, remedy)
+    tables = parse_json(content, root / path, remedy)
     wanted = ("images", "annotations", "categories")
     absent = [key for key in wanted if not isinstance(tables, dict) or not isinstance(tables.get(key), list)]
     if absent:
-        raise DataError(f"{place} is no COCO file: it has no list of {', '.join(absent)}. {remedy}")
+        raise DataError(f"{root / path} is no COCO file: it has no list of {', '.join(absent)}. {remedy}")
     files.categories, bad_categories, unnamed = _collect(tables["categories"], parse_category)
     files.problems += [*bad_categories.values(), *unnamed]
     files.images, files.bad_images, unnamed = _collect(tables["images"], parse_image)
@@ -130,7 +143,7 @@ def read_refer(root: Path, name: DatasetName) -> ReferFiles:
     parse = partial(parse_annotation, categories=files.categories)
     files.annotations, files.bad_annotations, unnamed = _collect(tables["annotations"], parse)
     files.problems += unnamed
-    return files
+    return identity
 
 
 def read_references(root: Path, name: DatasetName) -> ReferFiles:
@@ -139,8 +152,14 @@ def read_references(root: Path, name: DatasetName) -> ReferFiles:
     others = sorted(path.name for path in place.parent.glob("refs(*).p") if path != place)
     if others and not place.exists():
         remedy = f"This folder has {', '.join(others)}. {remedy}"
-    content, identity = read_input(root, name.refs_file, remedy, PICKLE_CAP_BYTES)
-    entries, encoding = parse_pickle(content, place, remedy)
+    as_json = Path(name.refs_file).with_suffix(".json")  # what converters and hubs give
+    if not place.exists() and (root / as_json).exists():
+        content, identity = read_input(root, str(as_json), remedy)
+        entries, encoding = parse_json(content, root / as_json, remedy), "utf-8"
+        place = root / as_json
+    else:
+        content, identity = read_input(root, name.refs_file, remedy, PICKLE_CAP_BYTES)
+        entries, encoding = parse_pickle(content, place, remedy)
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{place} holds no list of referents but {entries!r:.60}. {remedy}")
     files = ReferFiles(name, references=[], refs_in_file=len(entries), inputs=[identity])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import PurePosixPath
 from typing import Any
 
 from ris_core.data.records import Reference, Sentence
@@ -17,6 +17,7 @@ from ris_core.errors import short
 MAX_SIDE = 65_535  # pixels; the limit of JPEG
 _NUMBER = (int, float)
 _Kinds = type | tuple[type, ...]
+_OPTIONAL: dict[str, _Kinds] = {"iscrowd": int, "bbox": list, "area": _NUMBER}  # of an annotation
 
 
 PROBLEM_KINDS = (
@@ -35,6 +36,7 @@ PROBLEM_KINDS = (
     "malformed_annotation",
     "dangling_annotation",
     "degenerate_segmentation",
+    "stray_polygon",
     "empty_mask",
     "area_mismatch",
     "bbox_mismatch",
@@ -59,7 +61,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """An entry of `images` in instances.json; sizes in pixels, `file_name` without folders."""
+    """An entry of `images` in instances.json; sizes in pixels, `file_name` relative, with forward slashes."""
 
     image_id: int
     file_name: str
@@ -69,14 +71,17 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """An entry of `annotations` in instances.json; the parts of `segmentation` are checked by `ris_core.data.masks`."""
+    """An entry of `annotations` in instances.json; the parts of `segmentation` are checked by `ris_core.data.masks`.
+
+    bbox and area are None where the entry has none, as other tools than COCO's may write it.
+    """
 
     ann_id: int
     image_id: int
     category_id: int
     iscrowd: int
-    bbox: tuple[float, float, float, float]
-    area: float
+    bbox: tuple[float, float, float, float] | None
+    area: float | None
     segmentation: Any
 
 
@@ -107,26 +112,41 @@ def parse_image(entry: Any, position: int) -> ImageInfo | Problem:
     """Parse an entry of `images`."""
     wrong = misfits(entry, {"id": int, "file_name": str, "height": int, "width": int})
     if not wrong:
-        name, height, width = entry["file_name"], entry["height"], entry["width"]
+        name, height, width = relative(entry["file_name"]), entry["height"], entry["width"]
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
             wrong.append(f"impossible size of {short(width)}x{short(height)} pixels")
-        if not name or PurePath(name).name != name:
-            wrong.append(f"file_name {short(name)} is not a plain file name")
+        if not name:
+            wrong.append(f"file_name {short(entry['file_name'])} names no file below the dataset")
     if wrong:
         return Problem("malformed_image", f"{_where('image', 'id', entry, position)}: {'; '.join(wrong)}")
     return ImageInfo(entry["id"], name, height, width)
 
 
+def relative(name: str) -> str:
+    """Give a file name, as tools write it, as a relative path; "" where it is none.
+
+    Of a path of somebody else's machine, or an address, only the last part means anything here.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if "\0" in name or ".." in path.parts or not path.parts:
+        return ""
+    return path.name if path.is_absolute() or ":" in path.parts[0] else str(path)
+
+
 def parse_annotation(entry: Any, position: int, categories: Mapping[int, str]) -> Annotation | Problem:
-    """Parse an entry of `annotations` whose category must be one of `categories` (names by id)."""
-    ids: dict[str, _Kinds] = dict.fromkeys(("id", "image_id", "category_id", "iscrowd"), int)
-    wrong = misfits(entry, {**ids, "bbox": list, "area": _NUMBER, "segmentation": (dict, list)})
+    """Parse an entry of `annotations` whose category must be one of `categories` (names by id).
+
+    `iscrowd` may be absent, which means 0, and so may `bbox` and `area`, which follow from the mask.
+    """
+    wanted: dict[str, _Kinds] = {**dict.fromkeys(("id", "image_id", "category_id"), int), "segmentation": (dict, list)}
+    given = {} if type(entry) is not dict else {key: entry[key] for key in _OPTIONAL if entry.get(key) is not None}
+    wrong = misfits(entry, {**wanted, **{key: _OPTIONAL[key] for key in given}})
     if not wrong:
-        box = dict(zip(("x", "y", "width", "height"), entry["bbox"], strict=False))
-        if len(entry["bbox"]) != 4 or misfits(box, dict.fromkeys(box, _NUMBER)):
-            wrong.append(f"bbox must be four numbers, found {short(entry['bbox'])}")
-        if entry["iscrowd"] not in (0, 1):
-            wrong.append(f"iscrowd must be 0 or 1, found {short(entry['iscrowd'])}")
+        box = dict(zip(("x", "y", "width", "height"), given.get("bbox", ()), strict=False))
+        if "bbox" in given and (len(given["bbox"]) != 4 or misfits(box, dict.fromkeys(box, _NUMBER))):
+            wrong.append(f"bbox must be four numbers, found {short(given['bbox'])}")
+        if given.get("iscrowd", 0) not in (0, 1):
+            wrong.append(f"iscrowd must be 0 or 1, found {short(given['iscrowd'])}")
         if entry["category_id"] not in categories:
             wrong.append(f"category_id {short(entry['category_id'])} is not among the categories")
     if wrong:
@@ -135,9 +155,9 @@ def parse_annotation(entry: Any, position: int, categories: Mapping[int, str]) -
         ann_id=entry["id"],
         image_id=entry["image_id"],
         category_id=entry["category_id"],
-        iscrowd=entry["iscrowd"],
-        bbox=(float(box["x"]), float(box["y"]), float(box["width"]), float(box["height"])),
-        area=float(entry["area"]),
+        iscrowd=given.get("iscrowd", 0),
+        bbox=(float(box["x"]), float(box["y"]), float(box["width"]), float(box["height"])) if box else None,
+        area=float(given["area"]) if "area" in given else None,
         segmentation=entry["segmentation"],
     )
 

@@ -66,20 +66,20 @@ def parse_pickle(content: bytes, path: Path, remedy: str) -> tuple[Any, str]:
     except NotPlain as error:
         raise DataError(
             f"{path} asks for {error}, but a REFER pickle holds only lists, dicts, texts and numbers. Nothing was "
-            f"executed; {_of_a_library(str(error))}. {remedy}"
+            f"executed; {_of_a_library(str(error), path, remedy)}"
         ) from None
     except ValueError as error:
         raise DataError(f"{path} is damaged, cut short or no pickle at all ({error}). {remedy}") from None
 
 
-def _of_a_library(asked: str) -> str:
+def _of_a_library(asked: str, path: Path, remedy: str) -> str:
     """Tell what to make of a pickle that asks for something: it may be an honest one, of other tools than REFER's."""
     if "Python object numpy." in asked or "Python object collections.OrderedDict" in asked:
         return (
-            "where you wrote the file yourself, write plain values: `pickle.dump(json.loads(json.dumps(refs, "
-            "default=lambda value: value.tolist())), file, protocol=2)`"
+            f"where you wrote the file yourself, write {path.with_suffix('.json').name} in its place, which is read as well: "
+            "`json.dump(refs, file, default=lambda value: value.tolist())`"
         )
-    return "the file may be malicious, so do not open it with pickle.load"
+    return f"the file may be malicious, so do not open it with pickle.load. {remedy}"
 
 
 def parse_json(content: bytes, path: Path, remedy: str) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from refer_fixture import HTML, IMAGES_2014, IMAGES_2017, SmallDataset, small_dataset
 
 from ris_core.data.records import ImageRecord, read_records, write_records
@@ -22,7 +23,7 @@ def test_the_report_of_a_good_dataset(tmp_path: Path) -> None:
     records, report = run(small_dataset("shapes").write(tmp_path), "shapes", strict=True)
     assert sum(len(record.refs) for record in records) == 7
     assert report["refs"] == {"in_file": 7, "bad": 0, "excluded": 0, "kept": 7}
-    assert report["images"] == {"in_file": 6, "kept": 6, "checked": True, "not_rgb": 1}
+    assert report["images"] == {"in_file": 6, "kept": 6, "checked": True, "not_rgb": 1, "exif_turned": 0}
     assert report["annotations"] == {"in_file": 15, "kept": 13, "crowds": 1}
     assert report["splits"] == {
         "train": {"refs": 4, "sentences": 10, "images": 3},
@@ -125,6 +126,33 @@ def test_areas_and_boxes_that_do_not_follow_from_the_shape(tmp_path: Path) -> No
         "bbox_mismatch: annotation 900 of image 1: bbox [10.0, 0.0, 4.0, 80.0], its shape has [10.0, 0.0, 1.0, 80.0]",
     ):
         assert text in report["messages"]
+
+
+def test_photos_that_are_displayed_turned_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = small_dataset("shapes").write(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    name = f"{IMAGES_2014}/COCO_train2014_{2:012d}.jpg"
+    Image.new("RGB", (100, 80)).save(root / name, exif=exif)
+    _, report = run(root, "shapes")
+    assert report["images"]["exif_turned"] == 1
+    assert report["warnings"][0].startswith(
+        f"1 photos have an EXIF orientation, which turns or mirrors them where they are displayed ({name})"
+    )
+    assert "every such mask lies on wrong pixels" in caplog.text
+    assert "stray_polygon" not in report["problems"]
+
+
+def test_strays_and_absent_boxes_are_not_held_against_an_annotation(tmp_path: Path) -> None:
+    small = small_dataset("shapes")
+    small.annotation(20)["segmentation"].append([90.0, 70.0, 91.0, 71.0])
+    for key in ("bbox", "area"):
+        del small.annotation(30)[key]
+    _, report = run(small.write(tmp_path), "shapes")
+    assert report["problems"] == {
+        **run(small_dataset("shapes").write(tmp_path), "shapes")[1]["problems"],
+        "stray_polygon": 1,
+    }
 
 
 def test_shared_annotations_and_sentence_ids_are_told(tmp_path: Path) -> None:

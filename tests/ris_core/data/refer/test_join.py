@@ -101,6 +101,33 @@ def test_a_bad_image_takes_all_its_refs(tmp_path: Path) -> None:
     assert ref_ids(records) == [2, 3, 4, 5, 6]
 
 
+def test_annotations_of_other_tools_need_no_box_area_or_crowd(tmp_path: Path) -> None:
+    small = small_dataset()
+    for key in ("iscrowd", "bbox", "area"):
+        del small.annotation(20)[key]
+    records, problems = join(small, tmp_path)
+    assert {problem.kind for problem in problems} == {"degenerate_segmentation"}  # of annotations that nobody needs
+    whole, _ = join(small_dataset(), tmp_path)
+    with_box, without = (found[1].instances[0] for found in (whole, records))
+    assert (without.iscrowd, without.counts) == (0, with_box.counts)
+    assert without.area == masks.area(without.counts, 80, 100)
+    assert without.bbox == pytest.approx(with_box.bbox, abs=1)
+
+
+@pytest.mark.parametrize("stray", [[5.0, 5.0, 6.0, 6.0], [5.0, 5.0]])
+def test_a_stray_polygon_beside_a_good_one_is_left_out_and_told(tmp_path: Path, stray: list[float]) -> None:
+    small = small_dataset()
+    small.annotation(20)["segmentation"].append(stray)
+    records, problems = join(small, tmp_path)
+    clean, _ = join(small_dataset(), tmp_path)
+    assert records == clean
+    text = "annotation 20 of image 2: 1 of its 2 polygons have fewer than three points and were left out"
+    assert Problem("stray_polygon", text) in problems
+    small.annotation(20)["segmentation"] = [stray, stray]
+    with pytest.raises(DataError, match=r"part 1 of 2: degenerate polygon of . numbers.*part 2 of 2"):
+        join(small, tmp_path)
+
+
 def test_contradictions_that_leave_the_mask_alone_are_only_told(tmp_path: Path) -> None:
     small = small_dataset()
     small.ref(2)["category_id"] = 3

@@ -168,8 +168,11 @@ def test_honest_pickles_of_other_tools_are_told_how_to_be_written(kind: str) -> 
     from collections import OrderedDict
 
     value = [np.int64(3)] if kind == "numpy" else [OrderedDict(ref_id=3)]
-    with pytest.raises(DataError, match=r"asks for the Python object .*write plain values: `pickle\.dump\(json"):
-        parse_pickle(pickle.dumps(value, 2), Path("refs.p"), "")
+    with pytest.raises(
+        DataError, match=r"asks for the Python object .*write refs\(umd\)\.json .*`json\.dump"
+    ) as caught:
+        parse_pickle(pickle.dumps(value, 2), Path("refs(umd).p"), "Unpack it.")
+    assert "Unpack it." not in str(caught.value)  # which would bring other data than one's own
 
 
 def test_values_in_messages_are_short() -> None:

@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from refer_fixture import HTML, Malicious, python2_pickle, small_dataset
 
 from ris_core.data.records import Sentence
 from ris_core.data.refer.reader import DatasetName, facts, read_refer, read_references
+from ris_core.data.refer.rows import ImageInfo, Problem, parse_image
 from ris_core.errors import DataError
 
 UNC = DatasetName.parse("refcoco_unc")
@@ -200,12 +202,12 @@ def test_every_malformed_entry_is_told(tmp_path: Path) -> None:
         (
             "malformed_annotation",
             "annotation at position 17: 'id' must be int, found float 1.5; no 'image_id'; no 'category_id'; "
-            "no 'iscrowd'; no 'bbox'; no 'area'; no 'segmentation'",
+            "no 'segmentation'",
         ),
     ]
     assert {number: problem.message for number, problem in files.bad_images.items()} == {
         1: "image 1: impossible size of 100x0 pixels",
-        2: "image 2: file_name '../../secret.jpg' is not a plain file name",
+        2: "image 2: file_name '../../secret.jpg' names no file below the dataset",
         6: "id 6 at position 6 is used twice",
     }
     assert {number: problem.message for number, problem in files.bad_annotations.items()} == {
@@ -215,6 +217,47 @@ def test_every_malformed_entry_is_told(tmp_path: Path) -> None:
         40: "annotation 40: category_id 77 is not among the categories",
         50: "id 50 at position 15 is used twice",
     }
+
+
+def test_referents_as_json_are_the_same(tmp_path: Path) -> None:
+    root = small_dataset().write(tmp_path, image_folder=None)
+    pickled = read_refer(root, UNC)
+    place = (root / UNC.refs_file).with_suffix(".json")
+    place.write_text(json.dumps(small_dataset().refs))
+    assert read_refer(root, UNC).inputs == pickled.inputs  # the official file goes first
+    (root / UNC.refs_file).unlink()
+    as_json = read_refer(root, UNC)
+    assert (as_json.references, as_json.problems) == (pickled.references, pickled.problems)
+    assert [entry.path for entry in as_json.inputs] == ["refcoco/refs(unc).json", "refcoco/instances.json"]
+    place.write_text("[{")
+    with pytest.raises(DataError, match=r"refs\(unc\)\.json is damaged, cut short or no JSON"):
+        read_refer(root, UNC)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("a.jpg", "a.jpg"),
+        ("images/1/a.jpg", "images/1/a.jpg"),
+        ("./images//a.jpg", "images/a.jpg"),
+        ("images\\1\\a.jpg", "images/1/a.jpg"),
+        ("/data/upload/1/a.jpg", "a.jpg"),
+        ("C:\\photos\\a.jpg", "a.jpg"),
+        ("https://host/photos/a.jpg", "a.jpg"),
+        ("..", None),
+        (".", None),
+        ("", None),
+        ("a/../../b.jpg", None),
+        ("a\0.jpg", None),
+    ],
+)
+def test_file_names_of_labelling_tools(given: str, read: str | None) -> None:
+    found = parse_image({"id": 1, "file_name": given, "height": 2, "width": 3}, 0)
+    if read is None:
+        assert isinstance(found, Problem)
+        assert "names no file below the dataset" in found.message
+    else:
+        assert found == ImageInfo(1, read, 2, 3)
 
 
 def test_a_repeated_ref_id_and_a_broken_letter_are_told(tmp_path: Path) -> None:

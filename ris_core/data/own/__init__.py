@@ -1,0 +1,1 @@
+"""Datasets of your own: photos, a table of expressions, and COCO annotations or masks, as `dataset.yaml` describes them."""

@@ -1,0 +1,221 @@
+"""A dataset of one's own, read as the official files are: typed rows, and everything that is wrong with single ones.
+
+    <root>/dataset.yaml        what the dataset is made of (`ris_core.data.own.description`)
+    <root>/expressions.csv     image, text, and annotation or mask; perhaps split
+    <root>/instances.json      COCO annotations, unless there are masks
+    <root>/images/...          the photos
+
+`ris_core.data.refer.join` makes records of it, and `ris_core.data.refer.audit` checks it, as of any other dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ris_core.data.images import BadImage, opened
+from ris_core.data.own.description import (
+    FILE,
+    SPLITS,
+    Description,
+    describes_own,
+    named,
+    read_description,
+    read_parts_of,
+)
+from ris_core.data.own.masks import read_mask
+from ris_core.data.own.mixed import mix
+from ris_core.data.own.splits import draw
+from ris_core.data.own.table import Row, read_table
+from ris_core.data.records import Reference, Sentence
+from ris_core.data.refer.photos import locate_images
+from ris_core.data.refer.reader import DatasetName, ReferFiles, read_instances, read_refer
+from ris_core.data.refer.rows import Annotation, ImageInfo, Problem, relative
+from ris_core.data.refer.untrusted import read_input
+from ris_core.errors import DataError, short
+
+OBJECT = 1  # the category of masks, which have none
+
+
+@dataclass(slots=True)
+class _Said:
+    """Expressions about one object: the image's name as the table has it, and the annotation's id or the mask as given."""
+
+    image: str
+    target: Any
+    split: str | None
+    texts: list[tuple[int, str]] = field(default_factory=list)  # number of the expression, text
+
+
+def read_any(root: Path, name: DatasetName) -> ReferFiles:
+    """Read the dataset in a folder: official files, one's own, or a mixture of datasets in folders beside it.
+
+    Raises ConfigError or DataError as `read_own`, `read_refer` and `mix` do.
+    """
+    parts = read_parts_of(root)
+    if parts:
+        files = {part: read_any(root.parent / part, named(root.parent / part)) for part in parts}
+        return mix(name, files, parts)
+    return read_own(root, name) if describes_own(root) else read_refer(root, name)
+
+
+def read_own(root: Path, name: DatasetName) -> ReferFiles:
+    """Read and type-check a dataset of one's own.
+
+    Rows about the same annotation, or mask, of the same image are expressions of one referent; ref_ids and sent_ids count
+    in the order of the table. Raises ConfigError for a `dataset.yaml`, DataError for a file, that cannot be used as a
+    whole; what is wrong with single rows is listed in the result.
+    """
+    description = read_description(root)
+    files = ReferFiles(name, references=[], refs_in_file=0, inputs=[])
+    for path in (FILE, description.expressions):
+        content, identity = read_input(root, path, f"{root / FILE} names it.")
+        files.inputs.append(identity)
+    rows = read_table(content, root / description.expressions)
+    if description.annotations is not None:
+        remedy = f"{root / FILE} names it as `annotations`."
+        files.inputs.append(read_instances(root, description.annotations, remedy, files))
+    told = _by_referent(rows, description, files)
+    if not told:
+        raise DataError(_nothing(root / description.expressions, files))
+    _check_splits(told, root / description.expressions)
+    if description.annotations is None:
+        _images_of_names(root, told, files)
+    _number(root, told, description, files)
+    return files
+
+
+def _by_referent(rows: list[tuple[str, Row]], description: Description, files: ReferFiles) -> list[_Said]:
+    """Gather the expressions of each referent, in order of appearance; what is wrong with rows goes into `files`."""
+    target = "mask" if description.annotations is None else "annotation"
+    found: dict[tuple[str, str], _Said] = {}
+    number = 0
+    for where, row in rows:
+        wrong, texts = _wrong_in(row, target)
+        if wrong:
+            text = f"{description.expressions} {where}: {'; '.join(wrong)}"
+            files.problems.append(Problem("malformed_ref", text, blocking=True))
+            files.refs_in_file += 1
+            continue
+        image, split = str(row["image"]), row.get("split")
+        given = int(row[target]) if target == "annotation" else row[target]
+        said = found.setdefault((image, str(given)), _Said(image, given, split))
+        if said.split != split:
+            there = f"an earlier row about the same object has {short(said.split)}"
+            text = f"{description.expressions} {where}: split {short(split)}, {there}"
+            files.problems.append(Problem("unknown_split", text, blocking=True))
+            files.refs_in_file += 1
+            continue
+        for each in texts:
+            said.texts.append((number, each))
+            number += 1
+    files.refs_in_file += len(found)
+    return list(found.values())
+
+
+def _wrong_in(row: Any, target: str) -> tuple[list[str], list[str]]:
+    """Tell what is wrong with a row; and its texts."""
+    if not isinstance(row, Mapping):
+        return [f"expected columns image, text, {target}; found {type(row).__name__} {short(row)}"], []
+    wrong = [f"no '{key}'" for key in ("image", "text", target) if row.get(key) in (None, "")]
+    if not wrong:
+        if type(row["image"]) not in (str, int):
+            wrong.append(f"'image' must be an id or a file name, found {short(row['image'])}")
+        if target == "annotation" and not str(row[target]).isdecimal():
+            wrong.append(f"'annotation' must be the id of a COCO annotation, found {short(row[target])}")
+        if row.get("split") not in (None, *SPLITS):
+            wrong.append(f"split {short(row['split'])} is not one of {', '.join(SPLITS)}")
+    texts = row.get("text")
+    texts = texts if isinstance(texts, list) else [texts]
+    if not wrong and not all(isinstance(text, str) and text.strip() and _is_unicode(text) for text in texts):
+        wrong.append(f"'text' must be an expression, or a list of them; found {short(row['text'])}")
+    return wrong, texts
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _check_splits(told: list[_Said], path: Path) -> None:
+    """Raise DataError where some rows have a split and others none."""
+    without = sum(said.split is None for said in told)
+    if 0 < without < len(told):
+        raise DataError(
+            f"{path}: {without} of {len(told)} objects have no `split`: fill the column everywhere, or leave it out, and "
+            "images are drawn"
+        )
+
+
+def _images_of_names(root: Path, told: list[_Said], files: ReferFiles) -> None:
+    """List the images that the table names, with ids in the order of their names and sizes of the files as stored."""
+    names = sorted({said.image for said in told})
+    plain = {name: relative(name) for name in names}
+    images = [ImageInfo(number, plain[name] or "-", 0, 0) for number, name in enumerate(names, start=1)]
+    located = locate_images(root, images)
+    for image, name in zip(images, names, strict=True):
+        try:
+            if image.image_id in located.missing or not plain[name]:
+                raise BadImage(name, "there is no such file")
+            with opened(root / located.paths[image.image_id], name) as picture:
+                width, height = picture.size
+            files.images[image.image_id] = ImageInfo(image.image_id, image.file_name, height, width)
+        except BadImage as error:
+            text = f"image {short(name)}: {error.reason}"
+            files.bad_images[image.image_id] = Problem("missing_image", text)
+    files.categories[OBJECT] = "object"
+
+
+def _number(root: Path, told: list[_Said], description: Description, files: ReferFiles) -> None:
+    """Give ids to referents, and make annotations of masks."""
+    image_of = _image_ids(told, description, files)
+    drawn = draw((said.image for said in told), description.val, description.test, description.seed)
+    for ref_id, said in enumerate(told, start=1):
+        image_id, ann_id, category = image_of(said), said.target, OBJECT
+        if isinstance(image_id, Problem):
+            files.problems.append(image_id)
+            continue
+        if description.annotations is None:
+            ann_id = ref_id
+            try:
+                segmentation = read_mask(said.target, root)
+                files.annotations[ann_id] = Annotation(ann_id, image_id, OBJECT, 0, None, None, segmentation)
+            except DataError as error:
+                text = f"{description.expressions}: {error}"
+                files.bad_annotations[ann_id] = Problem("malformed_annotation", text)
+        elif ann_id in files.annotations:
+            category = files.annotations[ann_id].category_id
+        sentences = tuple(Sentence(number, " ".join(text.lower().split()), text) for number, text in said.texts)
+        split = said.split or drawn[said.image]
+        files.references.append((image_id, Reference(ref_id, ann_id, category, split, sentences)))
+
+
+def _image_ids(told: list[_Said], description: Description, files: ReferFiles) -> Callable[[_Said], int | Problem]:
+    """Give the function that finds the id of the image that a row is about, by its id, or by its file name."""
+    if description.annotations is None:
+        numbers = {name: number for number, name in enumerate(sorted({said.image for said in told}), start=1)}
+        return lambda said: numbers[said.image]
+    by_name: dict[str, set[int]] = {}
+    for image in files.images.values():
+        for known in {image.file_name, PurePosixPath(image.file_name).name}:
+            by_name.setdefault(known, set()).add(image.image_id)
+
+    def find(said: _Said) -> int | Problem:
+        if said.image.isdecimal() and int(said.image) in {*files.images, *files.bad_images}:
+            return int(said.image)
+        ids = by_name.get(relative(said.image), set())
+        if len(ids) == 1:
+            return next(iter(ids))
+        why = "several images have that name" if ids else f"{description.annotations} has no such image"
+        text = f"{description.expressions}: image {short(said.image)}, annotation {said.target}: {why}"
+        return Problem("dangling_ref", text, blocking=True)
+
+    return find
+
+
+def _nothing(path: Path, files: ReferFiles) -> str:
+    if not files.problems:
+        return f"{path} has no expressions"
+    more = f" (and {len(files.problems) - 1} more)" if len(files.problems) > 1 else ""
+    return f"{path} has no row that can be used: {files.problems[0].message}{more}"
