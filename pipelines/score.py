@@ -11,11 +11,10 @@ import typer
 
 from pipelines import outcome, paths
 from pipelines.paired import ANSWER, EXPRESSION, headlines, joined, pairs
-from pipelines.params import load_params
+from pipelines.params import dataset_name, load_params
 from pipelines.scores import SHUFFLED, counted, headline, rounded, short, summary
 from ris_core import files
 from ris_core.data.dataset import ShardStore
-from ris_core.data.refer.reader import DatasetName
 from ris_core.data.shards import MANIFEST
 from ris_core.errors import ConfigError, DataError, list_problems
 from ris_core.evaluation.finished import swapped_table, tables
@@ -39,7 +38,7 @@ def main(
     name: Annotated[str | None, typer.Option(help="what tables call the system; by default the file's name")] = None,
 ) -> None:
     """Score somebody's predicted masks under every protocol; with --against, test two of them against each other."""
-    DatasetName.parse(dataset).check_split(split)
+    dataset_name(dataset).check_split(split)
     given = [file for file in (predictions, against) if file is not None]
     check(given, missing, out)
     params = load_params(paths.PARAMS).evaluate

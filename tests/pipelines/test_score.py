@@ -22,7 +22,7 @@ from pipelines.transport import Place
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
 from ris_core.data.proposal_store import write_manifest as write_proposals
-from ris_core.data.records import ImageRecord, Instance, Reference, Sentence
+from ris_core.data.records import ImageRecord, Instance, Reference, Sentence, write_records
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.errors import ConfigError, DataError, WeightsError
 from ris_core.evaluation.metrics import PROTOCOLS, paired_bootstrap
@@ -70,6 +70,7 @@ def documented(workplace: Workplace) -> Workplace:
     )
     Image.new("RGB", (8, 6)).save(workplace.root / "star.jpg")
     record = ImageRecord(1, "star.jpg", 6, 8, objects, refs)
+    write_records(paths.records(DATASET), [record], DATASET)
     folder, options = paths.shards(DATASET), ShardOptions(32)
     folder.mkdir(parents=True)
     write_manifest(folder, DATASET, options, [write_shard(folder / "part-0.arrow", [record], workplace.root, options)])
@@ -99,10 +100,18 @@ def test_the_document_is_true(
     assert (about["name"], about["missing"], about["dataset"]) == ("mine", 0, "shapes")
 
 
-def test_the_documents_code_writes_a_file(documented: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_code_writes_a_file(documented: Workplace) -> None:
     answers = {i: box(0, 0, 3, i - 20) for i in range(21, 25)}
-    (piece,) = code("python")
-    exec(piece, {"masks": answers})
+    listing, writing = code("python")
+    known: dict[str, Any] = {"masks": answers}
+    exec(listing, known)
+    assert [entry[:3] for entry in known["asked"]] == [
+        ("star.jpg", 5, 21),
+        ("star.jpg", 5, 22),
+        ("star.jpg", 6, 23),
+        ("star.jpg", 6, 24),
+    ]
+    exec(writing, known)
     score.main(Path("predictions.json"), DATASET, "val", out=Path("mine"))
     areas = pq.read_table("mine/expressions/ours-val.parquet")
     assert dict(zip(areas["sent_id"].to_pylist(), areas["area"].to_pylist(), strict=True)) == {
