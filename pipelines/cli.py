@@ -33,6 +33,8 @@ VERBS = {  # what the first line of its `main` says
     "initialise": "Write the model that training starts from; trains the first stage of a system that has one.",
     "train": "Train one system on one dataset; writes the best model and the learning curves.",
     "evaluate": "Score a trained model: every expression once, named protocols, baselines, confidence intervals.",
+    "score": "Score somebody's predicted masks under every protocol; with --against, test two of them against each other.",
+    "tabulate": "Print the scores of several evaluations as one table: models and what they were trained on, against datasets.",
     "register": "Log the model with its scores and lineage to MLflow and move the alias if it surely beats the champion.",
     "compare": "Test all systems against each other over the same expressions, and show what was hard for them.",
     "report": "Write the report page from what train, evaluate and compare left under results/.",
@@ -41,7 +43,7 @@ VERBS = {  # what the first line of its `main` says
 OURS = ("pipelines", "ris_core")
 # What a verb cannot do without, beside the library's own dependencies; all others need what stages do.
 LIBRARIES = {
-    **dict.fromkeys(("predict", "import-checkpoint", "export-checkpoint"), ()),
+    **dict.fromkeys(("predict", "score", "tabulate", "import-checkpoint", "export-checkpoint"), ()),
     **dict.fromkeys(("registry", "reproduce"), ("mlflow",)),
     "serve": ("fastapi", "uvicorn"),
     "fetch": ("requests",),

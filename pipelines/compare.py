@@ -5,13 +5,10 @@ python -m pipelines.compare --dataset shapes
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,21 +16,18 @@ import typer
 
 from pipelines import cluster, paths
 from pipelines.gallery import KINDS, scenes, side_by_side
+from pipelines.paired import ANSWER, EXPRESSION, headlines, joined, overlaps, pairs
 from pipelines.params import Params
 from pipelines.scores import rounded, sorted_splits
 from pipelines.stage import check_names, params, run
 from ris_core import files
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError, list_problems
-from ris_core.evaluation.metrics import PROTOCOLS, Protocol, holm, iou, paired_bootstrap
-from ris_core.evaluation.params import EvaluateParams
+from ris_core.evaluation.metrics import PROTOCOLS, Protocol, iou
 from ris_core.models.answer import Reading
 from ris_core.options import Plain
 from ris_core.predictor import RISPredictor
 
-EXPRESSION = ["sent_id", "image_id", "ref_id", "text", "kind"]  # what says that two rows are about the same
-ANSWER = ["intersection", "union"]
-MEASURES = ("mIoU", "oIoU")
 HARD_PER_KIND = 2
 
 
@@ -89,52 +83,6 @@ def read_tables(dataset: str, systems: list[str], protocol: Protocol) -> dict[st
     return tables
 
 
-def joined(tables: dict[str, pa.Table], where: str) -> pa.Table:
-    """Give one row per expression that every system answered, ordered by sent_id.
-
-    Columns EXPRESSION, and `<system>/intersection`, `<system>/union` of each. Says on stderr which tables had more;
-    `where` names them there. Raises DataError if no expression is left.
-    """
-    result = None
-    for system, table in tables.items():
-        own = table.rename_columns({name: f"{system}/{name}" for name in ANSWER})
-        result = own if result is None else result.join(own, EXPRESSION, join_type="inner")
-    if result is None or not len(result):
-        raise DataError(f"{where}: no expression was answered by all of {', '.join(tables)}; evaluate them again")
-    for system, table in tables.items():
-        if len(table) > len(result):
-            dropped = f"{len(table) - len(result)} of {len(table)} expressions of {system}"
-            print(f"{where}: {dropped} left out, as other systems did not answer them", file=sys.stderr)
-    return result.sort_by("sent_id")
-
-
-def pairs(table: pa.Table, systems: list[str], params: EvaluateParams) -> list[Plain]:
-    """Give differences of each two systems on a joined table, with p values also adjusted for the number of pairs."""
-    found: list[Plain] = []
-    for first, second in combinations(systems, 2):
-        answers = (*overlaps(table, first), *overlaps(table, second))
-        measured = paired_bootstrap(*answers, table["image_id"].to_numpy(), params.bootstrap_samples, params.seed)
-        found.append(
-            {
-                "first": first,
-                "second": second,
-                **{
-                    name: {"difference": each.difference, "interval": list(each.interval), "p": each.p}
-                    for name, each in measured.items()
-                },
-            }
-        )
-    for name in MEASURES:
-        for pair, adjusted in zip(found, holm([pair[name]["p"] for pair in found]), strict=True):
-            pair[name]["p_holm"] = adjusted
-    return found
-
-
-def overlaps(table: pa.Table, system: str) -> tuple[np.ndarray, np.ndarray]:
-    """Give intersections and unions of one system in a joined table, int64 (N,)."""
-    return table[f"{system}/intersection"].to_numpy(), table[f"{system}/union"].to_numpy()
-
-
 def hardest(table: pa.Table, systems: list[str]) -> list[Plain]:
     """Pick rows of a joined table to show: of each kind those with the lowest mean IoU that some system got right (0.5).
 
@@ -180,20 +128,6 @@ def draw(rows: list[Plain], chosen: Params, dataset: str, reading: Reading, out:
         picture.save(out / name, quality=85)
         shown.append({"file": name, **{key: row[key] for key in ("text", "kind", "iou")}})
     return shown
-
-
-def headlines(splits: dict[str, Plain]) -> list[str]:
-    """Give a line per split and pair for the terminal."""
-    lines = []
-    for split, part in splits.items():
-        for pair in part["pairs"]:
-            line = f"{split:6s} {pair['first']} - {pair['second']}:"
-            for name in MEASURES:
-                low, high = pair[name]["interval"]
-                line += f"  {name} {pair[name]['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-                line += f" p {pair[name]['p']:.3f} (Holm {pair[name]['p_holm']:.3f})"
-            lines.append(line)
-    return lines
 
 
 if __name__ == "__main__":

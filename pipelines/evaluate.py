@@ -1,6 +1,10 @@
 """Stage `evaluate`: scores at original resolution, a pool of Ray Data actors each holding the model.
 
 python -m pipelines.evaluate --system cris --dataset shapes
+
+By hand it scores any model on any dataset, into a folder of its own:
+
+python -m pipelines.evaluate --model models:/ris-cris-shapes@champion --dataset shapesg --out scores/cris-shapesg
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
 
-from pipelines import cluster, gallery, paths
+from pipelines import by_hand, cluster, gallery, paths
 from pipelines.params import Params
-from pipelines.scores import BEST, LOCATED, ORACLE, SHUFFLED, headline, rounded, short, sorted_splits, summary
+from pipelines.predict import model_folder
+from pipelines.scores import BEST, LOCATED, ORACLE, SHUFFLED, headline, rounded, sorted_splits, summaries
 from pipelines.stage import check_names, params, run
 from pipelines.transport import Place, Road
 from ris_core import files
@@ -30,6 +35,7 @@ from ris_core.evaluation.answers import Answerer, BestProposals, MapAnswers, Pro
 from ris_core.evaluation.behaviour import behaviour
 from ris_core.evaluation.cost import cost
 from ris_core.evaluation.evaluator import evaluate
+from ris_core.evaluation.finished import KeptAnswers
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.evaluation.queries import Query, queries_of, shuffled, swapped
@@ -44,10 +50,33 @@ PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly
 
 
 def main(
-    system: Annotated[str, typer.Option(help="a system of ris_core/models")],
-    dataset: Annotated[str, typer.Option(help="a preprocessed dataset")],
+    system: Annotated[str | None, typer.Option(help="a system of ris_core/models, trained on this dataset")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a preprocessed dataset")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="in place of --system: a model folder, models:/name@alias or runs:/id/name")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="with --model: a split; all but train, if none is given")
+    ] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="with --model: a protocol; those of params.yaml, if none")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="with --model: a new folder for all that is found")] = None,
+    predictions: Annotated[
+        bool, typer.Option(help="with --model: write the masks, too, as `ris score` reads them")
+    ] = False,
 ) -> None:
     """Score a trained model: every expression once, named protocols, baselines, confidence intervals."""
+    asked = by_hand.Asked(system, dataset, model, tuple(split or ()), tuple(protocol or ()), out, predictions)
+    asked.check()
+    if asked.system is not None and asked.dataset is not None:
+        stage(asked.system, asked.dataset)
+    else:
+        elsewhere(asked)
+
+
+def stage(system: str, dataset: str) -> None:
+    """Score the model that was trained on a dataset, and write what DVC keeps of it."""
     name = check_names(dataset, system)
     chosen = params("evaluate")
     for split in (*(chosen.evaluate.splits or ()), chosen.evaluate.shuffled_split):
@@ -63,19 +92,11 @@ def main(
     wanted = jobs(protocols, splits, chosen.evaluate, model)
     tables = score(chosen, system, folder, dataset, wanted)
 
-    metrics: Plain = {}
+    metrics = summaries(tables, protocols, splits, chosen.evaluate)
     with files.replaced_folder(paths.expressions(system, dataset)) as answers:
         for protocol in protocols:
             for split in splits:
-                job = f"{protocol.name}/{split}"
-                part = summary(tables[job], protocol, chosen.evaluate)
-                if f"{job}/{BEST}" in tables:
-                    part[BEST] = short(tables[f"{job}/{BEST}"], protocol)
-                metrics.setdefault(protocol.name, {})[split] = part
-                pq.write_table(tables[job], answers / f"{protocol.name}-{split}.parquet")
-    for control in (*SHUFFLED, LOCATED, ORACLE):
-        if control in tables and tables[control].num_rows:  # none where no image has two referents in this split
-            metrics[protocols[0].name][chosen.evaluate.shuffled_split][control] = short(tables[control], protocols[0])
+                pq.write_table(tables[f"{protocol.name}/{split}"], answers / f"{protocol.name}-{split}.parquet")
     out = paths.evaluation(system, dataset)
     files.write_json(out / "protocols.json", {p.name: asdict(p) for p in protocols})
     first = f"{protocols[0].name}/{splits[0]}"
@@ -88,9 +109,34 @@ def main(
     if isinstance(model, ProposalSystem):
         files.write_json(out / "setting.json", {"proposals": described.info.proposals, **model.facts()})
     files.write_json(out / "metrics.json", metrics)  # last: where it lies, all of them do
-    for protocol in protocols:
-        for split in splits:
-            typer.echo(headline(protocol.name, split, metrics[protocol.name][split]))
+    tell(metrics)
+
+
+def elsewhere(asked: by_hand.Asked) -> None:
+    """Score any model on any dataset, into a folder of its own."""
+    assert asked.dataset is not None  # as `check` saw
+    assert asked.model is not None
+    name, chosen = check_names(asked.dataset), params("evaluate")
+    store = ShardStore(paths.shards(asked.dataset))
+    splits = by_hand.splits_of(asked, name, store) or sorted_splits(store.manifest["splits"])
+    protocols = [PROTOCOLS[each] for each in asked.protocols or chosen.evaluate.protocols]
+    folder = model_folder(asked.model)
+    model, described = load_model(folder)
+    by_hand.check_fit(model, described.info, asked.model, store, asked.dataset, splits)
+    store.verify()
+    wanted = jobs(protocols, splits, chosen.evaluate, model)
+    tables = score(chosen, described.system, folder, asked.dataset, wanted, keep_masks=asked.predictions)
+    metrics = summaries(tables, protocols, splits, chosen.evaluate)
+    scored = {job: tables[job] for job in (f"{p.name}/{split}" for p in protocols for split in splits)}
+    by_hand.write(asked, model, described, store, protocols, metrics, scored, chosen.evaluate)
+    tell(metrics)
+
+
+def tell(metrics: Plain) -> None:
+    """Print a line for each protocol and split."""
+    for protocol, parts in metrics.items():
+        for split, part in parts.items():
+            typer.echo(headline(protocol, split, part))
 
 
 def check_fit(info: ModelInfo, store: ShardStore, model: Path, dataset: str) -> None:
@@ -145,9 +191,12 @@ def jobs(protocols: list[Protocol], splits: list[str], params: EvaluateParams, m
     return found
 
 
-def score(params: Params, system: str, folder: Path, dataset: str, wanted: list[Plain]) -> dict[str, pa.Table]:
+def score(
+    params: Params, system: str, folder: Path, dataset: str, wanted: list[Plain], *, keep_masks: bool = False
+) -> dict[str, pa.Table]:
     """Make per-expression tables (evaluator.TABLE_SCHEMA) of a model, one per job, rows in the order of the data.
 
+    With `keep_masks` they have the answers' masks, too, as run lengths in the column by_hand.COUNTS.
     Raises ClusterError if a GPU is wanted and the cluster has none.
     """
     store = ShardStore(paths.shards(dataset))
@@ -173,7 +222,7 @@ def score(params: Params, system: str, folder: Path, dataset: str, wanted: list[
         actors = cluster.held(params.cluster.evaluate_actors, 1, int(use_gpu))
         rows = data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
             Scorer,
-            fn_constructor_args=(places, params.evaluate.images_per_batch, params.evaluate.precision),
+            fn_constructor_args=(places, params.evaluate.images_per_batch, params.evaluate.precision, keep_masks),
             batch_size=1,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=min(actors, len(pieces))),
@@ -195,11 +244,11 @@ def job_queries(store: ShardStore, job: Plain) -> list[Query]:
 class Scorer:
     """A Ray Data actor: the model and the shards are opened once, then pieces of jobs come in, one at a time."""
 
-    def __init__(self, places: dict[str, Place], images_per_batch: int, precision: str):
+    def __init__(self, places: dict[str, Place], images_per_batch: int, precision: str, keep_masks: bool = False):
         here = {name: place.local() for name, place in places.items()}
         model, described = load_model(here["model"], best_device())  # Ray shows it the GPU that it has, if any
         self.store = ShardStore(here["shards"])
-        self.images_per_batch = images_per_batch
+        self.images_per_batch, self.keep_masks = images_per_batch, keep_masks
         self.answerers: dict[str, Answerer]  # by the end of a job's name; "" stands for all others
         if isinstance(model, MapSystem):
             assert described.info.word_len is not None  # it is trained
@@ -221,14 +270,18 @@ class Scorer:
     def __call__(self, batch: pa.Table) -> pa.Table:
         (piece,) = batch.to_pylist()
         first, last = piece.pop("first"), piece.pop("last")
+        answer = self.answerers.get(piece["job"].rsplit("/")[-1], self.answerers[""])
+        kept = KeptAnswers(answer)
         table = evaluate(
-            self.answerers.get(piece["job"].rsplit("/")[-1], self.answerers[""]),
+            kept if self.keep_masks else answer,
             self.store,
             self.queries(tuple(sorted(piece.items())))[first:last],
             PROTOCOLS[piece["protocol"]],
             split=piece["split"],
             images_per_batch=self.images_per_batch,
         )
+        if self.keep_masks:
+            table = table.append_column(by_hand.COUNTS, pa.array(kept.counts, pa.string()))
         table = table.append_column("job", pa.array([piece["job"]] * len(table), pa.string()))
         return table.append_column("position", pa.array(range(first, last), pa.int64()))
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import compare, evaluate, paths, versions
+from pipelines import evaluate, paired, paths, versions
 from pipelines.gallery import scenes, side_by_side
 from pipelines.params import Params
 from pipelines.scores import counted, rounded
@@ -65,7 +65,7 @@ def check_scores(table: pa.Table | None, protocol: Protocol, told: Plain, where:
         found = scores(rows["intersection"].to_numpy(), rows["union"].to_numpy(), protocol.strict)
         problems = [
             f"{key} is {told[key]}, and its expressions give {found[key]:.5f}"
-            for key in compare.MEASURES
+            for key in paired.MEASURES
             if key not in told or abs(told[key] - found[key]) > TOLERANCE
         ]
     if problems:
@@ -99,7 +99,7 @@ def judge(candidate: Candidate, client: versions.MlflowClient, params: Params, o
     number = str(champion.version)
     try:
         table, rescored, folder = _answers_of(champion, candidate, params)
-        joined = compare.joined(
+        joined = paired.joined(
             {NEW: _rows(candidate.table, candidate), OLD: _rows(table, candidate)},
             f"{candidate.name} {candidate.split}",
         )
@@ -107,7 +107,7 @@ def judge(candidate: Candidate, client: versions.MlflowClient, params: Params, o
         reason = str(error).splitlines()[0]
         print(f"version {number}, the {gate.alias}, cannot be compared with: {error}", file=sys.stderr)
         return Verdict(versions.CHALLENGER, f"version {number} cannot be compared with: {reason}")
-    (pair,) = compare.pairs(joined, [NEW, OLD], params.evaluate)
+    (pair,) = paired.pairs(joined, [NEW, OLD], params.evaluate)
     found: Plain = {
         "champion": number,
         "protocol": candidate.protocol.name,
@@ -116,8 +116,7 @@ def judge(candidate: Candidate, client: versions.MlflowClient, params: Params, o
         "images": len(np.unique(joined["image_id"].to_numpy())),
         "rescored": rescored,
         **{
-            measure: {key: pair[measure][key] for key in ("difference", "interval", "p")}
-            for measure in compare.MEASURES
+            measure: {key: pair[measure][key] for key in ("difference", "interval", "p")} for measure in paired.MEASURES
         },
     }
     found["pictures"] = draw(disagreements(joined), candidate, folder, params, out)
@@ -176,7 +175,7 @@ def _answers_of(
 
 
 def _rows(table: pa.Table, candidate: Candidate) -> pa.Table:
-    return counted(table, candidate.protocol).select(compare.EXPRESSION + compare.ANSWER)
+    return counted(table, candidate.protocol).select(paired.EXPRESSION + paired.ANSWER)
 
 
 def _same_model(candidate: Candidate, champion: versions.ModelVersion) -> bool:
@@ -184,14 +183,14 @@ def _same_model(candidate: Candidate, champion: versions.ModelVersion) -> bool:
 
 
 def _same_answers(joined: pa.Table) -> bool:
-    return all(joined[f"{NEW}/{name}"].equals(joined[f"{OLD}/{name}"]) for name in compare.ANSWER)
+    return all(joined[f"{NEW}/{name}"].equals(joined[f"{OLD}/{name}"]) for name in paired.ANSWER)
 
 
 def disagreements(joined: pa.Table) -> list[Plain]:
     """Pick rows of a joined table to show: where one IoU is above the other most, of different images, either way."""
-    values = {name: iou(*compare.overlaps(joined, name)) for name in (NEW, OLD)}
+    values = {name: iou(*paired.overlaps(joined, name)) for name in (NEW, OLD)}
     gain = values[NEW] - values[OLD]
-    rows = joined.select(compare.EXPRESSION).to_pylist()
+    rows = joined.select(paired.EXPRESSION).to_pylist()
     chosen: list[Plain] = []
     for sign in (1, -1):
         shown: set[int] = set()

@@ -58,6 +58,7 @@ PLUMBING = {
                 "tracking",
             ),
             *("job", "outputs", "packing", "relocation", "submit", "transport", "versions"),
+            *("by_hand", "outcome", "places", "predict"),
         )
     ),
     *(f"ris_core.{name}" for name in ("config", "errors", "files", "options", "storage", "yaml_file")),

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from pipelines import fingerprint, gate, paths, versions
-from pipelines.compare import MEASURES
 from pipelines.model_card import model_card
+from pipelines.paired import MEASURES
 from ris_core import files
 from ris_core.models.registry import WEIGHTS, ModelInfo
 from ris_core.options import Plain
@@ -28,6 +29,7 @@ def tags(system: str, model: Path, info: ModelInfo) -> dict[str, str]:
         "clip_digest": info.clip_digest,
         "config_digest": info.config_digest,
         "weights_sha256": files.file_sha256(model / WEIGHTS),
+        "threads": str(torch.get_num_threads()),  # of each stage: sums are added up in their order
         "dvc_lock_sha256": files.file_sha256(Path("dvc.lock")) if Path("dvc.lock").exists() else "none",
     }
 

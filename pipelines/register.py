@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import typer
 
 from pipelines import gate, lineage, packaging, paths, tracking, versions
-from pipelines.compare import MEASURES
 from pipelines.model_card import scored, shortened
+from pipelines.paired import MEASURES
 from pipelines.params import Params
 from pipelines.stage import check_names, params, run
 from ris_core import files

@@ -82,11 +82,17 @@ def read(model: str) -> Origin:
 def commands(origin: Origin, place: Path) -> list[list[str]]:
     """List the commands, in order; parameters are laid into the folder between the second and the third."""
     source = str(paths.PARAMS.parent.absolute())
+    dvc = [sys.executable, "-m", "dvc", "--cd", str(place), "repro"]
     return [
         ["git", "clone", "--quiet", "--no-checkout", source, str(place)],
         ["git", "-C", str(place), "checkout", "--quiet", "--detach", origin.commit],
-        [sys.executable, "-m", "dvc", "--cd", str(place), "repro", f"evaluate@{origin.system}-{origin.dataset}"],
+        [*_threads(origin), *dvc, f"evaluate@{origin.system}-{origin.dataset}"],
     ]
+
+
+def _threads(origin: Origin) -> list[str]:
+    """Let stages have as many threads as they had, which decide the order in which sums are added up."""
+    return ["env", f"OMP_NUM_THREADS={origin.tags['threads']}"] if "threads" in origin.tags else []
 
 
 def notes(origin: Origin) -> list[str]:
@@ -99,7 +105,7 @@ def notes(origin: Origin) -> list[str]:
     if str(origin.tags["git_commit"]).endswith(DIRTY):
         found.append("# it was made with changes that were not committed: these commands make what the commit says")
     found.append(
-        "# weights are the same to the bit where the number of workers and threads is; elsewhere sums are other sums"
+        "# weights are the same to the bit on such a machine, with as many workers; elsewhere sums are other sums"
     )
     return found
 
@@ -123,7 +129,7 @@ def perform(origin: Origin, place: Path, steps: Sequence[Sequence[str]]) -> None
     environment["PYTHONPATH"] = str(place.absolute())  # its own code, not that which is installed
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     for step in steps:
-        if step[0] != "git":
+        if step is steps[-1]:
             lay(origin, place)
         if subprocess.run(step, env=environment, check=False).returncode:
             raise ClusterError(f"`{shlex.join(step)}` failed, for the reason above")

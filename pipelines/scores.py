@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,24 @@ BEST = "upper_bound"
 def sorted_splits(known: Iterable[str]) -> list[str]:
     """List all splits but train, validation first."""
     return sorted((split for split in known if split != "train"), key=lambda split: (split != "val", split))
+
+
+def summaries(
+    tables: Mapping[str, pa.Table], protocols: Sequence[Protocol], splits: Sequence[str], params: EvaluateParams
+) -> Plain:
+    """Give the scores of a model, by protocol and split, of the tables of all jobs; controls stand beside their split's."""
+    metrics: Plain = {}
+    for protocol in protocols:
+        for split in splits:
+            job = f"{protocol.name}/{split}"
+            part = summary(tables[job], protocol, params)
+            if f"{job}/{BEST}" in tables:
+                part[BEST] = short(tables[f"{job}/{BEST}"], protocol)
+            metrics.setdefault(protocol.name, {})[split] = part
+    for control in (*SHUFFLED, LOCATED, ORACLE):
+        if control in tables and tables[control].num_rows:  # none where no image has two referents in this split
+            metrics[protocols[0].name][params.shuffled_split][control] = short(tables[control], protocols[0])
+    return metrics
 
 
 def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plain:

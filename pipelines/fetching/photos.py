@@ -58,8 +58,8 @@ def referred(root: Path, name: DatasetName) -> list[ImageInfo]:
 
 def lacking(root: Path, images: Sequence[ImageInfo]) -> list[Photo]:
     """List those that are in none of the folders in which `prepare` looks, below a dataset's root."""
-    paths, missing = locate_images(root, images)
-    return [Photo(image, root / paths[image.image_id]) for image in images if image.image_id in missing]
+    located = locate_images(root, images)
+    return [Photo(image, root / located.paths[image.image_id]) for image in images if image.image_id in located.missing]
 
 
 def fetch_photos(

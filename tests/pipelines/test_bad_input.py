@@ -63,7 +63,7 @@ class Case:
 
 
 REFS, INSTANCES = "data/raw/refcoco_unc/refcoco/refs(unc).p", "data/raw/refcoco_unc/refcoco/instances.json"
-FETCH = "Unpack refcoco.zip there ("
+FETCH = "Run `ris fetch refcoco_unc`, or unpack refcoco.zip there ("
 CASES = [
     Case(spoil_html, (f"{REFS} is an HTML or XML page", FETCH, "sha256")),
     Case(spoil_global, (f"{REFS} asks for the Python object ", "Nothing was executed", "do not open it with", FETCH)),

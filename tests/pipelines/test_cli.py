@@ -29,7 +29,8 @@ USING = [
     "export-checkpoint",
     "fetch",
 ]
-VERBS = [*MAKING, "evaluate", "register", "compare", "report", *USING, "submit"]
+ALONE = {"predict", "score", "tabulate", "import-checkpoint", "export-checkpoint"}  # with the library and nothing else
+VERBS = [*MAKING, "evaluate", "score", "tabulate", "register", "compare", "report", *USING, "submit"]
 HEAVY = ["torch", "torchvision", "ray", "mlflow", "pandas", "numpy", "pyarrow", "open_clip", "matplotlib"]
 HELP = f"""
 import sys
@@ -65,8 +66,8 @@ def ris(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("missing", "offered"),
     [
-        (("ray", "mlflow", "fastapi", "requests"), {"predict", "import-checkpoint", "export-checkpoint"}),
-        (("ray",), {"predict", "import-checkpoint", "export-checkpoint", "fetch", "serve", "registry", "reproduce"}),
+        (("ray", "mlflow", "fastapi", "requests"), ALONE),
+        (("ray",), {*ALONE, "fetch", "serve", "registry", "reproduce"}),
         ((), set(VERBS)),
     ],
 )
@@ -113,6 +114,12 @@ def test_a_verb_says_which_library_it_lacks(workplace: Workplace) -> None:
         "-c", WITHOUT, "ray,dvc,mlflow,pandas,jinja2,psutil", "predict", "grey.png", "the star", cwd=workplace.root
     )
     assert done.returncode == 0, done.stderr
+    command = ("score", "none.json", "--dataset", "shapes", "--split", "val")
+    done = python("-c", WITHOUT, "ray,dvc,mlflow,pandas,jinja2,psutil", *command, cwd=workplace.root)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: nothing was scored (1 problem):\n  - none.json: no such file\n",
+    )
 
 
 def test_errors_leave_no_traceback_and_nothing_on_disk(workplace: Workplace) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pipelines_world import DATASET, Workplace, export_untrained
 
-from pipelines import compare, gallery, paths
+from pipelines import compare, gallery, paired, paths
 from pipelines.params import load_params
 from ris_core.errors import DataError
 from ris_core.evaluation.figures import PREDICTED, TRUTH, outline
@@ -49,22 +49,22 @@ def save(system: str, split: str, content: pa.Table, protocol: str = "ours") -> 
 
 def test_expressions_are_those_that_all_systems_answered(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = table([10, 20, 30, 40, 50]), table([11, 21, 31, 41])
-    backwards = second.take([3, 1, 0, 2]).select(compare.EXPRESSION + compare.ANSWER)
-    found = compare.joined({"a": first.select(backwards.column_names), "b": backwards}, "shapes val")
+    backwards = second.take([3, 1, 0, 2]).select(paired.EXPRESSION + paired.ANSWER)
+    found = paired.joined({"a": first.select(backwards.column_names), "b": backwards}, "shapes val")
     assert found["sent_id"].to_pylist() == [0, 1, 2, 3]
     assert found["a/intersection"].to_pylist() == [10, 20, 30, 40]
     assert found["b/intersection"].to_pylist() == [11, 21, 31, 41]
     told = capsys.readouterr().err.splitlines()
     assert told == ["shapes val: 1 of 5 expressions of a left out, as other systems did not answer them"]
-    compare.joined({"a": backwards, "b": backwards}, "shapes val")
+    paired.joined({"a": backwards, "b": backwards}, "shapes val")
     assert capsys.readouterr().err == ""
 
 
 def test_the_same_number_about_another_expression_is_not_compared() -> None:
-    columns = compare.EXPRESSION + compare.ANSWER
+    columns = paired.EXPRESSION + paired.ANSWER
     here, elsewhere = table([1, 2]).select(columns), table([1, 2], text=["x", "y"]).select(columns)
     with pytest.raises(DataError, match="shapes val: no expression was answered by all of a, b; evaluate them again"):
-        compare.joined({"a": here, "b": elsewhere}, "shapes val")
+        paired.joined({"a": here, "b": elsewhere}, "shapes val")
 
 
 def test_a_protocol_may_leave_out_what_had_nothing_to_choose_from(workplace: Workplace) -> None:
@@ -74,13 +74,13 @@ def test_a_protocol_may_leave_out_what_had_nothing_to_choose_from(workplace: Wor
     for name, kept in (("ours", [0, 1, 2]), ("global_local", [0, 2])):
         tables = compare.read_tables(DATASET, ["global_local"], PROTOCOLS[name])
         assert tables["val"]["global_local"]["sent_id"].to_pylist() == kept
-        assert tables["val"]["global_local"].column_names == compare.EXPRESSION + compare.ANSWER
+        assert tables["val"]["global_local"].column_names == paired.EXPRESSION + paired.ANSWER
 
 
 def answers(**systems: list[int]) -> pa.Table:
     """A joined table."""
-    columns = compare.EXPRESSION + compare.ANSWER
-    return compare.joined({name: table(values).select(columns) for name, values in systems.items()}, "shapes val")
+    columns = paired.EXPRESSION + paired.ANSWER
+    return paired.joined({name: table(values).select(columns) for name, values in systems.items()}, "shapes val")
 
 
 def test_every_two_systems_are_tested_and_p_values_adjusted_for_their_number() -> None:
@@ -88,7 +88,7 @@ def test_every_two_systems_are_tested_and_p_values_adjusted_for_their_number() -
     good, bad = random.integers(60, 100, 40).tolist(), random.integers(0, 60, 40).tolist()
     other = [value + int(noise) for value, noise in zip(bad, random.integers(-9, 10, 40), strict=True)]
     joined = answers(good=good, bad=bad, other=[max(0, value) for value in other])
-    found = compare.pairs(joined, ["good", "bad", "other"], PARAMS)
+    found = paired.pairs(joined, ["good", "bad", "other"], PARAMS)
     assert [(pair["first"], pair["second"]) for pair in found] == [
         ("good", "bad"),
         ("good", "other"),
@@ -106,7 +106,7 @@ def test_every_two_systems_are_tested_and_p_values_adjusted_for_their_number() -
         }
         assert [pair[name]["p"] < 0.05 for pair in found] == [True, True, False]
         assert found[2][name]["p_holm"] == found[2][name]["p"] > 0.1  # the largest
-    assert compare.pairs(joined, ["good"], PARAMS) == []
+    assert paired.pairs(joined, ["good"], PARAMS) == []
 
 
 def test_hard_is_what_some_system_can_do_and_most_cannot() -> None:
@@ -119,9 +119,9 @@ def test_hard_is_what_some_system_can_do_and_most_cannot() -> None:
 
 def test_every_kind_has_hard_ones_and_ties_go_to_the_first_sentence() -> None:
     kinds = ["size"] * 6 + ["order"] * 6
-    columns = compare.EXPRESSION + compare.ANSWER
+    columns = paired.EXPRESSION + paired.ANSWER
     content = table([60] * 12, kind=kinds).select(columns)
-    joined = compare.joined({"a": content.take(list(reversed(range(12))))}, "shapes val")
+    joined = paired.joined({"a": content.take(list(reversed(range(12))))}, "shapes val")
     chosen = compare.hardest(joined, ["a"])
     assert [(row["kind"], row["sent_id"]) for row in chosen] == [("size", 0), ("size", 2), ("order", 6), ("order", 8)]
     assert compare.hardest(answers(a=[10, 20]), ["a"]) == []
@@ -184,8 +184,8 @@ def distance(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
 
 def test_each_system_has_its_own_picture_beside_the_others(two_systems: Workplace, tmp_path: Path) -> None:
     """With a threshold of 1 nothing is marked, with one of 0 everything; the truth is drawn in both."""
-    content = truth_table(two_systems, "val", 0.75).select(compare.EXPRESSION + compare.ANSWER)
-    rows = compare.hardest(compare.joined({"cris": content, "risclip": content}, "shapes val"), ["cris", "risclip"])
+    content = truth_table(two_systems, "val", 0.75).select(paired.EXPRESSION + paired.ANSWER)
+    rows = compare.hardest(paired.joined({"cris": content, "risclip": content}, "shapes val"), ["cris", "risclip"])
     params = load_params(two_systems.root / "params.yaml")
     pictures = {}
     for threshold in (0.0, 1.0):

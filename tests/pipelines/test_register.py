@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from pipelines_world import Workplace, contents, export_untrained
 
@@ -298,6 +299,7 @@ def test_a_version_carries_its_lineage(
         "clip_digest": info["clip_digest"],
         "config_digest": info["config_digest"],
         "weights_sha256": files.file_sha256(workplace.trained / "model.safetensors"),
+        "threads": str(torch.get_num_threads()),
         "dvc_lock_sha256": files.file_sha256(workplace.root / "dvc.lock"),
     }
     low, high = val["mIoU_95"]

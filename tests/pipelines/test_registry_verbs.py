@@ -293,6 +293,7 @@ TAGS = {
     "clip_digest": "c" * 64,
     "config_digest": "f" * 16,
     "weights_sha256": "e" * 64,
+    "threads": "3",
     "score": "0.41000",
 }
 
@@ -315,7 +316,9 @@ def test_how_a_version_is_made_again_is_printed(
     plain = [line for line in lines if not line.startswith("#")]
     assert plain[0].startswith("git clone --quiet --no-checkout ")
     assert plain[1] == f"git -C reproduced/{NAME}-{'a' * 12} checkout --quiet --detach {'a' * 40}"
-    started = plain[2].partition(" -m dvc ")[2].split()
+    begun, _, rest = plain[2].partition(" -m dvc ")
+    assert begun.startswith("env OMP_NUM_THREADS=3 /")  # sums are added up in the order of threads
+    started = rest.split()
     understood = parse_args(started)  # by DVC itself
     assert (understood.cd, understood.cmd, understood.targets) == (
         f"reproduced/{NAME}-{'a' * 12}",

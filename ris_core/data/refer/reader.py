@@ -207,7 +207,7 @@ def how_to_get(name: DatasetName) -> str:
     if archive is None:
         return f"It is written by `dvc repro synthesize` ({name.name} is an embedded dataset)."
     return (
-        f"Unpack {name.folder}.zip there ({archive['bytes']:,} bytes, sha256 {archive['sha256']}); the original server "
+        f"Run `ris fetch {name.name}`, or unpack {name.folder}.zip there ({archive['bytes']:,} bytes, sha256 {archive['sha256']}); the original server "
         f"is gone, a copy is at {archive['url']}"
     )
 

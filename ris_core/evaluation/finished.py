@@ -1,0 +1,120 @@
+"""Finished masks as answers: those that an evaluation keeps of its own, and anybody's, scored as if they were given now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ris_core.data import masks
+from ris_core.data.dataset import ShardStore
+from ris_core.data.text import expression_kind
+from ris_core.evaluation.answers import Answerer, Answers
+from ris_core.evaluation.evaluator import evaluate
+from ris_core.evaluation.metrics import Protocol
+from ris_core.evaluation.queries import Query, queries_of, swapped
+from ris_core.models.answer import resized
+
+Key = tuple[int, int]  # ref_id and sent_id: which expression
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A mask as COCO run lengths, None where there was nothing to choose from; and how sure the system was of it."""
+
+    counts: str | None
+    score: float = 1.0
+
+
+class KeptAnswers:
+    """An answerer that keeps the masks it gives, as run lengths, in the order of the rows that `evaluate` makes of them."""
+
+    def __init__(self, answer: Answerer):
+        self.answer = answer
+        self.counts: list[str] = []
+
+    def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
+        found = self.answer(store, queries, protocol)
+        self.counts += [masks.encode(mask) for each in found.values() for mask in each.masks.cpu().numpy()]
+        return found
+
+
+@dataclass(frozen=True)
+class FinishedAnswers:
+    """An answerer that gives finished masks, at the protocol's resolution; without one for an expression it is empty.
+
+    side: they are squares of so many pixels a side, None where they are of their images' sizes.
+    """
+
+    given: Mapping[Key, Finished]
+    side: int | None = None
+
+    def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
+        return {
+            image: self._of_image(store, [query for query in queries if query.image == image], protocol)
+            for image in dict.fromkeys(query.image for query in queries)
+        }
+
+    def _of_image(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> Answers:
+        row = store.row(queries[0].image)
+        size = (row["height"], row["width"]) if self.side is None else (self.side, self.side)
+        given = [self.given[query.ref_id, query.sent_id] for query in queries]
+        found = np.stack(
+            [np.zeros(size, np.uint8) if g.counts is None else masks.decode(g.counts, *size) for g in given]
+        )
+        scores = torch.tensor([each.score for each in given], dtype=torch.float64)
+        return Answers(resized(torch.from_numpy(found), protocol.reading), scores)
+
+
+def tables(
+    given: Mapping[Key, Finished], store: ShardStore, split: str, protocols: Sequence[Protocol], side: int | None = None
+) -> dict[str, pa.Table]:
+    """Score finished masks under each protocol: tables of `evaluator.TABLE_SCHEMA` by its name, rows in the data's order.
+
+    They are compared once for each resolution: the rest of a protocol chooses among rows, or says how they are counted.
+    `given` has every expression that a protocol asks about.
+    """
+    scored: dict[str | int, tuple[pa.Table, dict[Key, int]]] = {}
+    found = {}
+    for protocol in sorted(protocols, key=lambda each: each.sentences != "all"):  # those that ask about all first
+        queries = queries_of(store, split, protocol)
+        if protocol.resolution not in scored:
+            table = evaluate(FinishedAnswers(given, side), store, queries, protocol, split=split)
+            scored[protocol.resolution] = table, {(q.ref_id, q.sent_id): i for i, q in enumerate(queries)}
+        table, rows = scored[protocol.resolution]
+        found[protocol.name] = _as_asked(table.take([rows[q.ref_id, q.sent_id] for q in queries]), queries, given)
+    return {protocol.name: found[protocol.name] for protocol in protocols}
+
+
+def _as_asked(table: pa.Table, queries: Sequence[Query], given: Mapping[Key, Finished]) -> pa.Table:
+    """Put into rows the texts that a protocol reads, and which expressions had anything to choose from."""
+    texts = [query.text for query in queries]
+    columns = {
+        "text": texts,
+        "kind": [expression_kind(text) for text in texts],
+        "found": [given[query.ref_id, query.sent_id].counts is not None for query in queries],
+    }
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    return table
+
+
+def swapped_table(
+    given: Mapping[Key, Finished], store: ShardStore, split: str, protocol: Protocol, seed: int, side: int | None = None
+) -> pa.Table:
+    """Score each referent with the mask that was given to a sentence about another object of the same image.
+
+    That is what asking the system again would give, as the sentence was asked about this image already: the control
+    `queries.swapped` without the system. The columns about other objects are null.
+    """
+    queries = queries_of(store, split, protocol)
+    answers: dict[tuple[int, str], Finished] = {}
+    for query in queries:
+        answers.setdefault((query.image, query.text), given[query.ref_id, query.sent_id])
+    asked = swapped(queries, seed)
+    exchanged = {(query.ref_id, query.sent_id): answers[query.image, query.text] for query in asked}
+    return evaluate(FinishedAnswers(exchanged, side), store, asked, protocol, split=split, with_objects=False)
