@@ -207,8 +207,8 @@ def how_to_get(name: DatasetName) -> str:
     if archive is None:
         return f"It is written by `dvc repro synthesize` ({name.name} is an embedded dataset)."
     return (
-        f"Run `ris fetch {name.name}`, or unpack {name.folder}.zip there ({archive['bytes']:,} bytes, sha256 {archive['sha256']}); the original server "
-        f"is gone, a copy is at {archive['url']}"
+        f"Run `ris fetch {name.name}`, or unpack {name.folder}.zip there ({archive['bytes']:,} bytes, sha256 "
+        f"{archive['sha256']}); the original server is gone, a copy is at {archive['url']}"
     )
 
 

@@ -126,7 +126,7 @@ def test_a_malicious_pickle_is_refused_by_name(tmp_path: Path) -> None:
 def test_missing_and_foreign_files_say_where_to_get_the_right_ones(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"refs\(unc\)\.p: no such file\. Run `ris fetch refcoco_unc`, or unpack refcoco\.zip .*sha256 7f924bb7.*archive\.org",
+        match=r"refs\(unc\)\.p: no such file\. Run `ris fetch refcoco_unc`.* refcoco\.zip .*sha256 7f924bb7.*archive\.org",
     ):
         read_refer(tmp_path, UNC)
     with pytest.raises(DataError, match=r"no such file\. It is written by `dvc repro synthesize`"):
