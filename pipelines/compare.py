@@ -43,11 +43,11 @@ def main(dataset: Annotated[str, typer.Option(help="a dataset that all systems w
     if len(chosen.systems) == 1:
         typer.echo(f"{chosen.systems[0]} is the only system: there are no pairs to compare")
     splits = {
-        split: {"expressions": len(table), "pairs": pairs(table, chosen.systems, chosen.evaluate)}
+        split: {"expressions": len(table), "pairs": pairs(table, chosen.systems, chosen.evaluate, protocol.empty_union)}
         for split, table in tables.items()
     }
     first = next(iter(tables))
-    rows = hardest(tables[first], chosen.systems)
+    rows = hardest(tables[first], chosen.systems, protocol.empty_union)
     with files.replaced_folder(paths.comparison(dataset)) as folder:
         hard = draw(rows, chosen, dataset, protocol.reading, folder)
         found = {"protocol": protocol.name, "splits": splits, "hard": hard}
@@ -83,13 +83,13 @@ def read_tables(dataset: str, systems: list[str], protocol: Protocol) -> dict[st
     return tables
 
 
-def hardest(table: pa.Table, systems: list[str]) -> list[Plain]:
+def hardest(table: pa.Table, systems: list[str], empty_union: float = 0.0) -> list[Plain]:
     """Pick rows of a joined table to show: of each kind those with the lowest mean IoU that some system got right (0.5).
 
     What no system can do may be a fault of the expression; these can be done, and are not. Of different images where
     there are enough. Each row has `iou`, a number per system.
     """
-    values = {system: iou(*overlaps(table, system)).tolist() for system in systems}
+    values = {system: iou(*overlaps(table, system), empty_union).tolist() for system in systems}
     rows = [
         {**row, "iou": {system: values[system][i] for system in systems}}
         for i, row in enumerate(table.select(EXPRESSION).to_pylist())

@@ -62,7 +62,8 @@ def check_scores(table: pa.Table | None, protocol: Protocol, told: Plain, where:
     problems = [f"{key} is {value}" for key, value in _numbers(told) if not math.isfinite(value)]
     if not problems and table is not None:
         rows = counted(table, protocol)
-        found = scores(rows["intersection"].to_numpy(), rows["union"].to_numpy(), protocol.strict)
+        intersection, union = (rows[name].to_numpy() for name in paired.ANSWER)
+        found = scores(intersection, union, protocol.strict, protocol.empty_union)
         problems = [
             f"{key} is {told[key]}, and its expressions give {found[key]:.5f}"
             for key in paired.MEASURES
@@ -107,7 +108,7 @@ def judge(candidate: Candidate, client: versions.MlflowClient, params: Params, o
         reason = str(error).splitlines()[0]
         print(f"version {number}, the {gate.alias}, cannot be compared with: {error}", file=sys.stderr)
         return Verdict(versions.CHALLENGER, f"version {number} cannot be compared with: {reason}")
-    (pair,) = paired.pairs(joined, [NEW, OLD], params.evaluate)
+    (pair,) = paired.pairs(joined, [NEW, OLD], params.evaluate, candidate.protocol.empty_union)
     found: Plain = {
         "champion": number,
         "protocol": candidate.protocol.name,
@@ -119,7 +120,7 @@ def judge(candidate: Candidate, client: versions.MlflowClient, params: Params, o
             measure: {key: pair[measure][key] for key in ("difference", "interval", "p")} for measure in paired.MEASURES
         },
     }
-    found["pictures"] = draw(disagreements(joined), candidate, folder, params, out)
+    found["pictures"] = draw(disagreements(joined, candidate.protocol.empty_union), candidate, folder, params, out)
     files.write_json(out / "comparison.json", rounded(found))
     low, high = pair[gate.metric]["interval"]
     difference = f"{gate.metric} {pair[gate.metric]['difference']:+.4f} [{low:+.4f}, {high:+.4f}] to version {number}"
@@ -186,9 +187,9 @@ def _same_answers(joined: pa.Table) -> bool:
     return all(joined[f"{NEW}/{name}"].equals(joined[f"{OLD}/{name}"]) for name in paired.ANSWER)
 
 
-def disagreements(joined: pa.Table) -> list[Plain]:
+def disagreements(joined: pa.Table, empty_union: float = 0.0) -> list[Plain]:
     """Pick rows of a joined table to show: where one IoU is above the other most, of different images, either way."""
-    values = {name: iou(*paired.overlaps(joined, name)) for name in (NEW, OLD)}
+    values = {name: iou(*paired.overlaps(joined, name), empty_union) for name in (NEW, OLD)}
     gain = values[NEW] - values[OLD]
     rows = joined.select(paired.EXPRESSION).to_pylist()
     chosen: list[Plain] = []

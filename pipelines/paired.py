@@ -37,12 +37,21 @@ def joined(tables: dict[str, pa.Table], where: str) -> pa.Table:
     return result.sort_by("sent_id")
 
 
-def pairs(table: pa.Table, systems: list[str], params: EvaluateParams) -> list[Plain]:
-    """Give differences of each two systems on a joined table, with p values also adjusted for the number of pairs."""
+def pairs(table: pa.Table, systems: list[str], params: EvaluateParams, empty_union: float = 0.0) -> list[Plain]:
+    """Give differences of each two systems on a joined table, with p values also adjusted for the number of pairs.
+
+    empty_union: that of the protocol.
+    """
     found: list[Plain] = []
     for first, second in combinations(systems, 2):
         answers = (*overlaps(table, first), *overlaps(table, second))
-        measured = paired_bootstrap(*answers, table["image_id"].to_numpy(), params.bootstrap_samples, params.seed)
+        measured = paired_bootstrap(
+            *answers,
+            table["image_id"].to_numpy(),
+            params.bootstrap_samples,
+            params.seed,
+            empty_union=empty_union,
+        )
         found.append(
             {
                 "first": first,

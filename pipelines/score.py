@@ -167,7 +167,7 @@ def compared(found: list[Scored], dataset: str, split: str, params: EvaluatePara
         protocol = PROTOCOLS[name]
         rows = {str(each.file): counted(each.tables[name], protocol).select(EXPRESSION + ANSWER) for each in found}
         table = joined(rows, f"{dataset} {split}, {name}")
-        part = {"expressions": len(table), "pairs": pairs(table, list(rows), params)}
+        part = {"expressions": len(table), "pairs": pairs(table, list(rows), params, protocol.empty_union)}
         result[name] = {"protocol": name, "splits": {split: part}}
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ris_core.evaluation.metrics import Protocol, bootstrap_intervals, by_group, scores, size_groups
+from ris_core.evaluation.metrics import Protocol, bootstrap_intervals, by_group, generalised, scores, size_groups
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.options import Plain
 
@@ -50,11 +50,19 @@ def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plai
     table = counted(table, protocol)
     column = {name: table[name].to_numpy() for name in table.column_names if name not in ("text", "kind", "split")}
     intersection, union = column["intersection"], column["union"]
-    intervals = bootstrap_intervals(intersection, union, column["image_id"], params.bootstrap_samples, params.seed)
+    has_target = column["object_share"] > 0  # always, but in generalised data
+    intervals = bootstrap_intervals(
+        intersection,
+        union,
+        column["image_id"],
+        params.bootstrap_samples,
+        params.seed,
+        empty_union=protocol.empty_union,
+    )
     sizes, bounds = size_groups(column["object_share"])
 
     def groups(names: list[str]) -> dict[str, dict[str, float]]:
-        found = by_group(names, intersection, union, protocol.strict)
+        found = by_group(names, intersection, union, protocol.strict, protocol.empty_union)
         return {name: {key: part[key] for key in ("count", "mIoU", "oIoU")} for name, part in found.items()}
 
     found = rounded(
@@ -62,9 +70,10 @@ def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plai
             "expressions": len(table),
             "images": len(np.unique(column["image_id"])),
             **({"unanswered": unanswered} if unanswered else {}),
-            **scores(intersection, union, protocol.strict),
+            **scores(intersection, union, protocol.strict, protocol.empty_union),
+            **(generalised(intersection, union, column["area"], has_target) if protocol.is_generalised else {}),
             **{f"{name}_95": list(interval) for name, interval in intervals.items()},
-            "right_object": float(column["right_object"].mean()),
+            "right_object": float(column["right_object"][has_target].mean()) if has_target.any() else 0.0,
             "random_object": {
                 "mIoU": float(column["random_iou"].mean()),
                 "oIoU": float(column["random_intersection"].sum() / column["random_union"].sum()),
@@ -85,7 +94,7 @@ def counted(table: pa.Table, protocol: Protocol) -> pa.Table:
 def short(table: pa.Table, protocol: Protocol) -> dict[str, float]:
     """Give mIoU and oIoU of a control."""
     table = counted(table, protocol)
-    found = scores(table["intersection"].to_numpy(), table["union"].to_numpy(), protocol.strict)
+    found = scores(table["intersection"].to_numpy(), table["union"].to_numpy(), protocol.strict, protocol.empty_union)
     return rounded({name: found[name] for name in ("mIoU", "oIoU")})
 
 
@@ -104,6 +113,8 @@ def headline(protocol: str, split: str, part: Plain) -> str:
     line = f"{protocol:9s} {split:6s} mIoU {part['mIoU']:.3f} [{low:.3f}, {high:.3f}]  oIoU {part['oIoU']:.3f}  "
     line += f"Pr@0.5 {part['Pr@0.5']:.3f}  right object {part['right_object']:.3f}  "
     line += f"random object {part['random_object']['mIoU']:.3f} / {part['random_object']['oIoU']:.3f}"
+    if "N_acc" in part:
+        line += f"  N-acc {part['N_acc']:.3f}  T-acc {part['T_acc']:.3f}"
     for control in (*SHUFFLED, LOCATED, ORACLE, BEST):
         if control in part:
             line += f"  {control} {part[control]['mIoU']:.3f}"

@@ -84,9 +84,12 @@ def _score_image(
     objects = [o for o in row["instances"] if o["ann_id"] in wanted or (with_objects and not o["iscrowd"])]
     decoded = np.stack([masks.decode(o["counts"], row["height"], row["width"]) for o in objects])
     truth = resized(torch.from_numpy(decoded).to(answers.masks.device), protocol.reading)
-    overlap, covered = pairwise_overlap(answers.masks, truth)
+    given = answers.masks
+    if protocol.least_area:
+        given = given & (given.flatten(1).sum(1) >= protocol.least_area)[:, None, None]
+    overlap, covered = pairwise_overlap(given, truth)
     among, together = pairwise_overlap(truth, truth)
-    area = answers.masks.flatten(1).sum(1)
+    area = given.flatten(1).sum(1)
     values = [tensor.cpu().numpy() for tensor in (overlap, covered, area, answers.scores, among, together)]
     ann_ids = [o["ann_id"] for o in objects]
     common = {"image_id": row["image_id"], "split": split, "found": answers.found}

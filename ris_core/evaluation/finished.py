@@ -74,17 +74,19 @@ def tables(
 ) -> dict[str, pa.Table]:
     """Score finished masks under each protocol: tables of `evaluator.TABLE_SCHEMA` by its name, rows in the data's order.
 
-    They are compared once for each resolution: the rest of a protocol chooses among rows, or says how they are counted.
+    They are compared once for each resolution and least area: the rest of a protocol chooses among rows, or says how they
+    are counted.
     `given` has every expression that a protocol asks about.
     """
-    scored: dict[str | int, tuple[pa.Table, dict[Key, int]]] = {}
+    scored: dict[tuple[str | int, int], tuple[pa.Table, dict[Key, int]]] = {}
     found = {}
     for protocol in sorted(protocols, key=lambda each: each.sentences != "all"):  # those that ask about all first
         queries = queries_of(store, split, protocol)
-        if protocol.resolution not in scored:
+        seen = protocol.resolution, protocol.least_area
+        if seen not in scored:
             table = evaluate(FinishedAnswers(given, side), store, queries, protocol, split=split)
-            scored[protocol.resolution] = table, {(q.ref_id, q.sent_id): i for i, q in enumerate(queries)}
-        table, rows = scored[protocol.resolution]
+            scored[seen] = table, {(q.ref_id, q.sent_id): i for i, q in enumerate(queries)}
+        table, rows = scored[seen]
         found[protocol.name] = _as_asked(table.take([rows[q.ref_id, q.sent_id] for q in queries]), queries, given)
     return {protocol.name: found[protocol.name] for protocol in protocols}
 

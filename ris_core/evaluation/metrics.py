@@ -28,7 +28,8 @@ class Protocol:
     ground truth (nearest neighbour, aspect ratio lost) are resized. strict: Pr@X counts IoU > X rather than >= X.
     upsampling: where the cells of a predicted map lie, see `letterbox.unletterbox`; 'corners' is the official CRIS code's.
     skip_unanswered: leave expressions out about images in which a zero-shot system had no proposal to choose from; else
-    they count as IoU 0.
+    they count as IoU 0. least_area: answers of fewer pixels say that nothing is there. empty_union: the IoU of an empty
+    answer where nothing is there.
     """
 
     name: str
@@ -39,6 +40,13 @@ class Protocol:
     strict: bool = False
     upsampling: Upsampling = "grid"
     skip_unanswered: bool = False
+    least_area: int = 0
+    empty_union: float = 0.0
+
+    @property
+    def is_generalised(self) -> bool:
+        """Tell whether it scores answers that nothing is there."""
+        return self.empty_union > 0
 
     @property
     def reading(self) -> Reading:
@@ -49,6 +57,9 @@ class Protocol:
 # `lavt` scores the arg max of two logits, which for one logit is a threshold of 0.5. Its reference reads pixels of value 1
 # only, so that overlapping polygons of one annotation count as background; here ground truth is always their union.
 # The reference of `global_local` reads ground truth in the same way.
+# `grefcoco` is that of generalised data (GRES, CVPR 2023; henghuiding/ReLA): mIoU is its gIoU, where saying rightly that
+# nothing is there counts 1, oIoU its cIoU; beside them stand N-acc. and T-acc., and Pr@X over expressions that have a target.
+# A mask of fewer than 50 pixels says that nothing is there, as the paper reads systems without a classifier for that.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -57,21 +68,39 @@ PROTOCOLS = {
         Protocol("cris_val", sentences="first", threshold=0.35, strict=True, upsampling="corners"),
         Protocol("lavt", text="raw", resolution=480),
         Protocol("global_local", text="raw", skip_unanswered=True),
+        Protocol("grefcoco", text="raw", least_area=50, empty_union=1.0),
     )
 }
 
 
-def iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """Give the IoU per expression, float64; an empty union (nothing there, nothing predicted) counts as 0."""
-    return np.where(union > 0, intersection / np.maximum(union, 1), 0.0)
+def iou(intersection: np.ndarray, union: np.ndarray, empty_union: float = 0.0) -> np.ndarray:
+    """Give the IoU per expression, float64; an empty union (nothing there, nothing predicted) counts as `empty_union`."""
+    return np.where(union > 0, intersection / np.maximum(union, 1), empty_union)
 
 
-def scores(intersection: np.ndarray, union: np.ndarray, strict: bool = False) -> dict[str, float]:
+def generalised(
+    intersection: np.ndarray, union: np.ndarray, area: np.ndarray, has_target: np.ndarray
+) -> dict[str, float]:
+    """Give what a generalised protocol scores beside mIoU and oIoU, of int64 and bool arrays (N,).
+
+    N_acc: the share of expressions without a target whose answer is empty; T_acc: of those with one whose answer is not (0 where
+    there is no such expression); Pr@X over expressions with a target. area: the answers' in pixels.
+    """
+    found = {"no_target": int((~has_target).sum())}
+    named = {"N_acc": (~has_target, area == 0), "T_acc": (has_target, area > 0)}
+    rates = {name: float((of & right).sum() / max(1, int(of.sum()))) for name, (of, right) in named.items()}
+    precision = scores(intersection[has_target], union[has_target])
+    return {**found, **rates, **{name: value for name, value in precision.items() if name.startswith("Pr@")}}
+
+
+def scores(
+    intersection: np.ndarray, union: np.ndarray, strict: bool = False, empty_union: float = 0.0
+) -> dict[str, float]:
     """Give mIoU, oIoU and Pr@0.5..0.9 in 0..1 from int64 arrays (N,); all zero when N is 0.
 
     Pr@X compares integers (10 I against 10 X U), so that an IoU of exactly X is never lost to rounding.
     """
-    values = iou(intersection, union)
+    values = iou(intersection, union, empty_union)
     count = max(1, len(values))
     result = {"mIoU": float(values.sum() / count), "oIoU": float(intersection.sum() / max(1, int(union.sum())))}
     for level in PRECISION_AT:
@@ -94,14 +123,20 @@ class Difference:
 
 
 def bootstrap_intervals(
-    intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int, level: float = 0.95
+    intersection: np.ndarray,
+    union: np.ndarray,
+    image_ids: np.ndarray,
+    samples: int,
+    seed: int,
+    level: float = 0.95,
+    empty_union: float = 0.0,
 ) -> dict[str, tuple[float, float]]:
     """Give percentile bootstrap intervals of mIoU and oIoU, resampling whole images.
 
     Expressions about one image share its difficulty, so they are not independent; resampling images rather than
     expressions keeps the interval honest (cluster bootstrap; Davison and Hinkley 1997, section 3.8).
     """
-    means = _resampled(intersection, union, image_ids, samples, seed)
+    means = _resampled(intersection, union, image_ids, samples, seed, empty_union)
     return {name: _percentiles(values, level) for name, values in means.items()}
 
 
@@ -114,6 +149,7 @@ def paired_bootstrap(
     samples: int,
     seed: int,
     level: float = 0.95,
+    empty_union: float = 0.0,
 ) -> dict[str, Difference]:
     """Give differences in mIoU and oIoU of two systems; the int64 arrays (N,) hold the same expressions in the same order.
 
@@ -122,10 +158,13 @@ def paired_bootstrap(
     samples (so never 0; Davison and Hinkley 1997, section 4.2), at most 1.
     """
     first, second = (
-        _resampled(intersection, union, image_ids, samples, seed)
+        _resampled(intersection, union, image_ids, samples, seed, empty_union)
         for intersection, union in ((first_intersection, first_union), (second_intersection, second_union))
     )
-    measured = [scores(first_intersection, first_union), scores(second_intersection, second_union)]
+    measured = [
+        scores(intersection, union, empty_union=empty_union)
+        for intersection, union in ((first_intersection, first_union), (second_intersection, second_union))
+    ]
     found = {}
     for name in first:
         differences = first[name] - second[name]
@@ -136,7 +175,7 @@ def paired_bootstrap(
 
 
 def _resampled(
-    intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int
+    intersection: np.ndarray, union: np.ndarray, image_ids: np.ndarray, samples: int, seed: int, empty_union: float
 ) -> dict[str, np.ndarray]:
     """Give mIoU and oIoU of `samples` draws of whole images, float64 (samples,) each.
 
@@ -146,7 +185,7 @@ def _resampled(
     per_image = np.stack(
         [
             np.bincount(member, weights=column, minlength=len(images))
-            for column in (iou(intersection, union), np.ones(len(union)), intersection, union)
+            for column in (iou(intersection, union, empty_union), np.ones(len(union)), intersection, union)
         ]
     )
     random = np.random.default_rng(seed)
@@ -187,14 +226,14 @@ def size_groups(shares: np.ndarray) -> tuple[list[str], tuple[float, float]]:
 
 
 def by_group(
-    names: Sequence[str], intersection: np.ndarray, union: np.ndarray, strict: bool = False
+    names: Sequence[str], intersection: np.ndarray, union: np.ndarray, strict: bool = False, empty_union: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """Give `scores` for each distinct name (kind of expression, say), with the number of expressions as `count`."""
     labels = np.asarray(names)
     return {
         str(name): {
             "count": int((labels == name).sum()),
-            **scores(intersection[labels == name], union[labels == name], strict),
+            **scores(intersection[labels == name], union[labels == name], strict, empty_union),
         }
         for name in np.unique(labels)
     }

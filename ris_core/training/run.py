@@ -102,7 +102,7 @@ def make_validation(store: ShardStore, params: TrainParams, runtime: Runtime) ->
         answers = MapAnswers(model, params.word_len)
         table = evaluate(answers, store, queries, protocol, split=params.validate_split, with_objects=False)
         intersection, union = (table[name].to_numpy().astype(np.float64) for name in ("intersection", "union"))
-        sums = [len(union), iou(intersection, union).sum(), intersection.sum(), union.sum()]
+        sums = [len(union), iou(intersection, union, protocol.empty_union).sum(), intersection.sum(), union.sum()]
         total = sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=runtime.device)).tolist()
         return {"val/mIoU": total[1] / total[0], "val/oIoU": total[2] / max(1.0, total[3])}
 

@@ -60,6 +60,9 @@ def _numbered(ref: Reference, ref_id: int, first: int) -> Reference:
 def _check_agreement(parts: Mapping[str, ReferFiles]) -> None:
     """Raise DataError for images, annotations and categories whose id means something else in another part."""
     seen: dict[tuple[str, int], tuple[str, Any]] = {}
+    several = [part for part, files in parts.items() if files.targets]
+    if len(several) > 1:
+        raise DataError(f"{' and '.join(several)} cannot be mixed: each has referents with none or several targets")
     for part, files in parts.items():
         said: list[tuple[str, int, Any]] = [
             *(

@@ -30,8 +30,9 @@ from ris_core.data.own.mixed import mix
 from ris_core.data.own.splits import draw
 from ris_core.data.own.table import Row, read_table
 from ris_core.data.records import Reference, Sentence
+from ris_core.data.refer.generalised import CATEGORY, target_id
 from ris_core.data.refer.photos import locate_images
-from ris_core.data.refer.reader import DatasetName, ReferFiles, read_instances, read_refer
+from ris_core.data.refer.reader import DatasetName, ReferFiles, add_targets, read_instances, read_refer
 from ris_core.data.refer.rows import Annotation, ImageInfo, Problem, relative
 from ris_core.data.refer.untrusted import read_input
 from ris_core.errors import DataError, short
@@ -64,9 +65,10 @@ def read_any(root: Path, name: DatasetName) -> ReferFiles:
 def read_own(root: Path, name: DatasetName) -> ReferFiles:
     """Read and type-check a dataset of one's own.
 
-    Rows about the same annotation, or mask, of the same image are expressions of one referent; ref_ids and sent_ids count
-    in the order of the table. Raises ConfigError for a `dataset.yaml`, DataError for a file, that cannot be used as a
-    whole; what is wrong with single rows is listed in the result.
+    Rows about the same annotation, or mask, of the same image are expressions of one referent; a list of annotations means
+    all of them, an empty one that nothing is there. ref_ids and sent_ids count in the order of the table. Raises ConfigError
+    for a `dataset.yaml`, DataError for a file, that cannot be used as a whole; what is wrong with single rows is listed in
+    the result.
     """
     description = read_description(root)
     files = ReferFiles(name, references=[], refs_in_file=0, inputs=[])
@@ -84,6 +86,7 @@ def read_own(root: Path, name: DatasetName) -> ReferFiles:
     if description.annotations is None:
         _images_of_names(root, told, files)
     _number(root, told, description, files)
+    add_targets(files)
     return files
 
 
@@ -100,7 +103,7 @@ def _by_referent(rows: list[tuple[str, Row]], description: Description, files: R
             files.refs_in_file += 1
             continue
         image, split = str(row["image"]), row.get("split")
-        given = int(row[target]) if target == "annotation" else row[target]
+        given = _annotations(row[target]) if target == "annotation" else row[target]
         said = found.setdefault((image, str(given)), _Said(image, given, split))
         if said.split != split:
             there = f"an earlier row about the same object has {short(said.split)}"
@@ -119,12 +122,14 @@ def _wrong_in(row: Any, target: str) -> tuple[list[str], list[str]]:
     """Tell what is wrong with a row; and its texts."""
     if not isinstance(row, Mapping):
         return [f"expected columns image, text, {target}; found {type(row).__name__} {short(row)}"], []
-    wrong = [f"no '{key}'" for key in ("image", "text", target) if row.get(key) in (None, "")]
+    wrong = [f"no '{key}'" for key in ("image", "text", target) if row.get(key) is None or row[key] == ""]
     if not wrong:
         if type(row["image"]) not in (str, int):
             wrong.append(f"'image' must be an id or a file name, found {short(row['image'])}")
-        if target == "annotation" and not str(row[target]).isdecimal():
-            wrong.append(f"'annotation' must be the id of a COCO annotation, found {short(row[target])}")
+        if target == "annotation" and _annotations(row[target]) is None:
+            wrong.append(
+                f"'annotation' must be the id of a COCO annotation, or a list of ids, found {short(row[target])}"
+            )
         if row.get("split") not in (None, *SPLITS):
             wrong.append(f"split {short(row['split'])} is not one of {', '.join(SPLITS)}")
     texts = row.get("text")
@@ -132,6 +137,14 @@ def _wrong_in(row: Any, target: str) -> tuple[list[str], list[str]]:
     if not wrong and not all(isinstance(text, str) and text.strip() and _is_unicode(text) for text in texts):
         wrong.append(f"'text' must be an expression, or a list of them; found {short(row['text'])}")
     return wrong, texts
+
+
+def _annotations(given: object) -> tuple[int, ...] | None:
+    """Give the annotations that a row refers to; a list may name several of them, or none."""
+    numbers: list[Any] = given if isinstance(given, list) else [given]
+    if not all(type(number) in (int, str) and str(number).isdecimal() and len(str(number)) < 19 for number in numbers):
+        return None
+    return tuple(dict.fromkeys(int(number) for number in numbers))
 
 
 def _is_unicode(text: str) -> bool:
@@ -184,8 +197,12 @@ def _number(root: Path, told: list[_Said], description: Description, files: Refe
             except DataError as error:
                 text = f"{description.expressions}: {error}"
                 files.bad_annotations[ann_id] = Problem("malformed_annotation", text)
-        elif ann_id in files.annotations:
-            category = files.annotations[ann_id].category_id
+        elif len(said.target) != 1:
+            ann_id, category = target_id(ref_id), CATEGORY
+            files.targets[ref_id] = said.target
+        else:
+            (ann_id,) = said.target
+            category = files.annotations[ann_id].category_id if ann_id in files.annotations else OBJECT
         sentences = tuple(Sentence(number, " ".join(text.lower().split()), text) for number, text in said.texts)
         split = said.split or drawn[said.image]
         files.references.append((image_id, Reference(ref_id, ann_id, category, split, sentences)))
@@ -208,7 +225,7 @@ def _image_ids(told: list[_Said], description: Description, files: ReferFiles) -
         if len(ids) == 1:
             return next(iter(ids))
         why = "several images have that name" if ids else f"{description.annotations} has no such image"
-        text = f"{description.expressions}: image {short(said.image)}, annotation {said.target}: {why}"
+        text = f"{description.expressions}: image {short(said.image)}, annotation {short(list(said.target))}: {why}"
         return Problem("dangling_ref", text, blocking=True)
 
     return find

@@ -114,7 +114,7 @@ def audit(
     dicts, which `dvc metrics` shows, tables and texts in lists, which it passes over.
     """
     kept = sum(len(record.refs) for record in records)
-    instances = [instance for record in records for instance in record.instances]
+    instances = [each for record in records for each in record.instances if each.ann_id >= 0]  # no targets
     problems = [*problems, *_odd_texts(records), *_odd_shapes(files, records)]
     counts = Counter(problem.kind for problem in problems)
     return {
@@ -124,6 +124,7 @@ def audit(
             "bad": files.refs_in_file - kept - excluded,
             "excluded": excluded,
             "kept": kept,
+            **_numbers_of_targets(files, records),
         },
         "images": {
             "in_file": len(files.images.keys() | files.bad_images.keys()),
@@ -133,7 +134,7 @@ def audit(
             "exif_turned": len(decoded.turned) if decoded else None,
         },
         "annotations": {
-            "in_file": len(files.annotations.keys() | files.bad_annotations.keys()),
+            "in_file": sum(number >= 0 for number in files.annotations.keys() | files.bad_annotations.keys()),
             "kept": len(instances),
             "crowds": sum(instance.iscrowd for instance in instances),
         },
@@ -143,6 +144,14 @@ def audit(
         "sentences": [{"split": split, **_describe_texts(records, split)} for split in files.name.splits],
         "inputs": [asdict(entry) for entry in files.inputs],
     }
+
+
+def _numbers_of_targets(files: ReferFiles, records: Sequence[ImageRecord]) -> dict[str, int]:
+    """Count referents with none and with several targets; nothing of data that has neither."""
+    if not files.targets:
+        return {}
+    kept = [len(files.targets.get(ref.ref_id, [ref.ann_id])) for record in records for ref in record.refs]
+    return {"no_target": kept.count(0), "several_targets": sum(number > 1 for number in kept)}
 
 
 def compare_with_published(name: DatasetName, records: Sequence[ImageRecord]) -> list[dict[str, Any]]:
@@ -262,6 +271,8 @@ def _odd_shapes(files: ReferFiles, records: Sequence[ImageRecord]) -> list[Probl
         for instance in record.instances:
             where = f"annotation {instance.ann_id} of image {record.image_id}"
             given = files.annotations[instance.ann_id]
+            if given.area is None and given.bbox is None:
+                continue
             segmentation = masks.without_strays(given.segmentation)
             if masks.is_polygons(segmentation):
                 area, bbox = _polygon_shape(segmentation)

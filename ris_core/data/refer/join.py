@@ -103,7 +103,7 @@ def _instance(annotation: Annotation, image: ImageInfo, category: str, where: st
     except DataError as error:
         return Problem("degenerate_segmentation", f"{where}: {error}")
     area = masks.area(counts, image.height, image.width)
-    if area == 0:
+    if area == 0 and not annotation.is_target:
         return Problem("empty_mask", f"{where}: its mask has no pixel")
     return Instance(
         ann_id=annotation.ann_id,
@@ -146,7 +146,7 @@ def _join_faults(
     if annotation.category_id != ref.category_id:
         text = f"{where} has category {annotation.category_id}, the ref says {ref.category_id}"
         faults.append(Problem("category_mismatch", text))
-    if annotation.iscrowd:
+    if annotation.iscrowd and not annotation.is_target:
         faults.append(Problem("ref_to_crowd", f"{where} is a crowd, not one object"))
     return faults
 

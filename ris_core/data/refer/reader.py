@@ -1,6 +1,7 @@
 """The official REFER files of RefCOCO, RefCOCO+, RefCOCOg and the embedded datasets, read as typed rows.
 
     <root>/<folder>/refs(<split-by>).p     who is referred to, and how; or refs(<split-by>).json, the same as JSON
+    <root>/<folder>/grefs(<split-by>).json or .p in their place, where a referent has none or several annotations
     <root>/<folder>/instances.json         COCO annotations of all images that have referents
 
 Formats: github.com/lichengunc/refer. Nothing is joined here (`ris_core.data.refer.join` does) and no image is opened. What is
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ris_core.data.records import Reference
+from ris_core.data.refer.generalised import CATEGORY, NAME, parse_targets, target
 from ris_core.data.refer.rows import (
     Annotation,
     ImageInfo,
@@ -35,6 +37,7 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 _UNC, _UMD, _GOOGLE = ("train", "val", "testA", "testB"), ("train", "val", "test"), ("train", "val", "test")
+GENERALISED = ("grefcoco",)  # folders of data in which a referent has none or several annotations
 MIXED = "mixed"  # in place of a split-by
 DATASETS = {
     "refcoco_unc": ("refcoco", "unc", _UNC),
@@ -42,6 +45,7 @@ DATASETS = {
     "refcoco+_unc": ("refcoco+", "unc", _UNC),
     "refcocog_umd": ("refcocog", "umd", _UMD),
     "refcocog_google": ("refcocog", "google", ("train", "val")),  # its test part was never released
+    "grefcoco_unc": ("grefcoco", "unc", _UNC),
     "shapes": ("shapes", "unc", _UNC),
     "shapes+": ("shapes+", "unc", _UNC),
     "shapesg": ("shapesg", "umd", _UMD),
@@ -80,9 +84,14 @@ class DatasetName:
         return self.split_by == MIXED
 
     @property
+    def is_generalised(self) -> bool:
+        """Tell whether a referent may have none or several annotations, see `ris_core.data.refer.generalised`."""
+        return self.folder in GENERALISED
+
+    @property
     def refs_file(self) -> str:
         """Give the path of the referents' pickle, relative to the dataset root."""
-        return f"{self.folder}/refs({self.split_by}).p"
+        return f"{self.folder}/{'grefs' if self.is_generalised else 'refs'}({self.split_by}).p"
 
     @property
     def instances_file(self) -> str:
@@ -102,7 +111,8 @@ class ReferFiles:
     """Everything readable in the two files of a dataset.
 
     `references` are (image_id, reference) in file order. `bad_images` and `bad_annotations` hold, by id, what is wrong
-    with entries that cannot be used; whether that matters depends on who refers to them.
+    with entries that cannot be used; whether that matters depends on who refers to them. `targets` are those of generalised
+    data alone: all other referents have the annotation that they name.
     """
 
     name: DatasetName
@@ -115,6 +125,7 @@ class ReferFiles:
     annotations: dict[int, Annotation] = field(default_factory=dict)
     bad_annotations: dict[int, Problem] = field(default_factory=dict)
     categories: dict[int, str] = field(default_factory=dict)
+    targets: dict[int, tuple[int, ...]] = field(default_factory=dict)  # annotations by ref_id, of generalised data
 
 
 def read_refer(root: Path, name: DatasetName) -> ReferFiles:
@@ -125,7 +136,31 @@ def read_refer(root: Path, name: DatasetName) -> ReferFiles:
     """
     files = read_references(root, name)
     files.inputs.append(read_instances(root, name.instances_file, how_to_get(name), files))
+    add_targets(files)
     return files
+
+
+def add_targets(files: ReferFiles) -> None:
+    """Make an annotation of the target of each referent that has not exactly one."""
+    files.categories |= {CATEGORY: NAME} if files.targets else {}
+    for image_id, ref in files.references:
+        ids = files.targets.get(ref.ref_id, (ref.ann_id,))
+        if len(ids) != 1 and image_id in files.images:
+            made = target(ref.ref_id, files.images[image_id], ids, files.annotations, files.bad_annotations)
+            if isinstance(made, Problem):
+                files.bad_annotations[ref.ann_id] = made
+            else:
+                files.annotations[ref.ann_id] = made
+
+
+def _meant(files: list[str], name: DatasetName) -> str:
+    """Tell what files of referents are that a dataset does not have."""
+    if name.is_generalised or not any(file.startswith("grefs") for file in files):
+        return ""
+    return (
+        "grefs are gRefCOCO's, whose referents have none or several annotations: lay them out as "
+        "grefcoco/grefs(unc).json beside grefcoco/instances.json, and name the dataset grefcoco_unc. "
+    )
 
 
 def read_instances(root: Path, path: str, remedy: str, files: ReferFiles) -> InputFile:
@@ -149,9 +184,9 @@ def read_instances(root: Path, path: str, remedy: str, files: ReferFiles) -> Inp
 def read_references(root: Path, name: DatasetName) -> ReferFiles:
     """Read and type-check the referents alone, which is cheap. Raises DataError as `read_refer` does."""
     remedy, place = how_to_get(name), root / name.refs_file
-    others = sorted(path.name for path in place.parent.glob("refs(*).p") if path != place)
+    others = sorted(path.name for path in place.parent.glob("*refs(*).*") if path != place)
     if others and not place.exists():
-        remedy = f"This folder has {', '.join(others)}. {remedy}"
+        remedy = f"This folder has {', '.join(others)}. {_meant(others, name)}{remedy}"
     as_json = Path(name.refs_file).with_suffix(".json")  # what converters and hubs give
     if not place.exists() and (root / as_json).exists():
         content, identity = read_input(root, str(as_json), remedy)
@@ -169,7 +204,8 @@ def read_references(root: Path, name: DatasetName) -> ReferFiles:
         files.problems.append(Problem("not_utf8", text))
     seen: set[int] = set()
     for position, entry in enumerate(entries):
-        row = parse_reference(entry, position, name.splits)
+        given = parse_targets(entry) if name.is_generalised else (entry, ())
+        row = given if isinstance(given, Problem) else parse_reference(given[0], position, name.splits)
         if isinstance(row, Problem):
             files.problems.append(row)
         elif row[1].ref_id in seen:
@@ -178,6 +214,8 @@ def read_references(root: Path, name: DatasetName) -> ReferFiles:
         else:
             seen.add(row[1].ref_id)
             files.references.append(row)
+            if name.is_generalised and not isinstance(given, Problem):
+                files.targets[row[1].ref_id] = given[1]
     return files
 
 

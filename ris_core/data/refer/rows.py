@@ -73,7 +73,8 @@ class ImageInfo:
 class Annotation:
     """An entry of `annotations` in instances.json; the parts of `segmentation` are checked by `ris_core.data.masks`.
 
-    bbox and area are None where the entry has none, as other tools than COCO's may write it.
+    bbox and area are None where the entry has none, as other tools than COCO's may write it. A negative id is that of a
+    target made of none or several annotations, see `ris_core.data.refer.generalised`.
     """
 
     ann_id: int
@@ -84,12 +85,21 @@ class Annotation:
     area: float | None
     segmentation: Any
 
+    @property
+    def is_target(self) -> bool:
+        """Tell whether it is no annotation of the file but what a referent refers to, which may be empty."""
+        return self.ann_id < 0
+
 
 def parse_reference(entry: Any, position: int, splits: tuple[str, ...]) -> tuple[int, Reference] | Problem:
     """Give (image_id, reference) of an entry of the refs pickle whose split must be one of `splits`."""
     where = _where("ref", "ref_id", entry, position)
     ids: dict[str, _Kinds] = dict.fromkeys(("ref_id", "ann_id", "image_id", "category_id"), int)
     wrong = misfits(entry, {**ids, "split": str, "sent_ids": list, "sentences": list})
+    if wrong and type(entry) is dict and isinstance(entry.get("ann_id"), list):
+        wrong.append(
+            "lists of annotations are gRefCOCO's: name the dataset grefcoco_unc, its file grefcoco/grefs(unc).p"
+        )
     if not wrong:
         for number, sentence in enumerate(entry["sentences"]):
             faults = misfits(sentence, {"sent_id": int, "sent": str, "raw": str})

@@ -292,6 +292,22 @@ def test_the_threshold_is_the_protocols(store: ShardStore) -> None:
                 assert (row["intersection"], row["right_object"]) == (0, False)
 
 
+def test_small_answers_say_that_nothing_is_there(store: ShardStore) -> None:
+    """Under `grefcoco`: fewer than 50 pixels, beside the same answers under a protocol that takes them as they are."""
+    table = table_of(Oracle(store), store)
+    areas = np.sort(table["area"].to_numpy())
+    least = int(areas[len(areas) // 2])
+    cut = table_of(Oracle(store), store, replace(OURS, least_area=least))
+    small = table["area"].to_numpy() < least
+    assert 0 < small.sum() < len(small)
+    assert (cut["area"].to_numpy()[small] == 0).all()
+    assert (cut["intersection"].to_numpy()[small] == 0).all()
+    shares = np.rint(cut["object_share"].to_numpy() * 1e9)
+    assert np.array_equal(shares, np.rint(table["object_share"].to_numpy() * 1e9))
+    for name in ("area", "intersection", "union", "score"):
+        assert np.array_equal(cut[name].to_numpy()[~small], table[name].to_numpy()[~small])
+
+
 def test_lavt_compares_at_480_with_nearest_ground_truth(store: ShardStore) -> None:
     protocol = PROTOCOLS["lavt"]
     queries = queries_of(store, "val", protocol)

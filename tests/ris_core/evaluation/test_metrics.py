@@ -12,6 +12,7 @@ from ris_core.evaluation.metrics import (
     Protocol,
     bootstrap_intervals,
     by_group,
+    generalised,
     holm,
     iou,
     paired_bootstrap,
@@ -204,4 +205,38 @@ def test_the_named_protocols_are_those_of_the_papers() -> None:
         "cris_val": Protocol("cris_val", "first", "sent", 0.35, "original", True, "corners"),
         "lavt": Protocol("lavt", "all", "raw", 0.5, 480, False),
         "global_local": Protocol("global_local", "all", "raw", 0.5, "original", False, skip_unanswered=True),
+        "grefcoco": Protocol("grefcoco", "all", "raw", 0.5, "original", False, least_area=50, empty_union=1.0),
     } == PROTOCOLS
+
+
+def test_generalised_scores_are_those_of_gres() -> None:
+    """Six expressions: rightly and wrongly told absent, found, half found, missed, and missed by saying it is absent.
+
+    As henghuiding/ReLA counts them (gres_model/evaluation/refer_evaluation.py): no target and none told is an IoU of 1 and no
+    pixel; no target and something told is 0, and its pixels are in the union.
+    """
+    intersection = np.array([0, 0, 80, 50, 0, 0])
+    union = np.array([0, 70, 80, 100, 120, 60])
+    area = np.array([0, 70, 80, 50, 60, 0])
+    has_target = np.array([False, False, True, True, True, True])
+    found = scores(intersection, union, empty_union=1.0)
+    assert found["mIoU"] == pytest.approx((1 + 0 + 1 + 0.5 + 0 + 0) / 6)  # gIoU
+    assert found["oIoU"] == pytest.approx(130 / 430)  # cIoU
+    assert scores(intersection, union)["mIoU"] == pytest.approx(1.5 / 6)
+    assert generalised(intersection, union, area, has_target) == {
+        "no_target": 2,
+        "N_acc": 0.5,
+        "T_acc": 0.75,
+        "Pr@0.5": 0.5,
+        **dict.fromkeys(("Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9"), 0.25),
+    }
+    none = generalised(intersection[2:], union[2:], area[2:], has_target[2:])
+    assert (none["no_target"], none["N_acc"]) == (0, 0.0)
+
+
+def test_saying_rightly_that_nothing_is_there_counts_in_intervals_and_differences() -> None:
+    intersection, union, images = np.zeros(8, np.int64), np.zeros(8, np.int64), np.arange(8)
+    assert bootstrap_intervals(intersection, union, images, 20, 0, empty_union=1.0)["mIoU"] == (1.0, 1.0)
+    assert bootstrap_intervals(intersection, union, images, 20, 0)["mIoU"] == (0.0, 0.0)
+    wrong = paired_bootstrap(intersection, union, intersection, union + 9, images, 20, 0, empty_union=1.0)["mIoU"]
+    assert (wrong.difference, wrong.interval) == (1.0, (1.0, 1.0))

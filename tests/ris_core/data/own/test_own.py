@@ -121,6 +121,24 @@ def test_every_kind_of_table_says_the_same(tmp_path: Path, ending: str) -> None:
     assert sorted(split for split, _ in found.values()) == ["test", "train", "train", "val"]
 
 
+def test_a_row_may_mean_several_annotations_or_none(tmp_path: Path) -> None:
+    root = own(tmp_path, "", "annotations: instances.json\nexpressions: said.jsonl\n")
+    rows = [
+        {"image": "a.jpg", "annotation": [10, 11], "text": "both", "split": "train"},
+        {"image": "b.jpg", "annotation": [], "text": "the circle", "split": "val"},
+        {"image": "c.jpg", "annotation": [30], "text": "left", "split": "test"},
+    ]
+    (root / "said.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records, report = prepared(root)
+    areas = [
+        next(instance.area for instance in record.instances if instance.ann_id == ref.ann_id)
+        for record in records
+        for ref in record.refs
+    ]
+    assert areas == [800, 0, 400]
+    assert (report["refs"]["no_target"], report["refs"]["several_targets"]) == (1, 1)
+
+
 def test_the_draw_is_of_images_and_follows_names_and_seed_alone() -> None:
     names = [f"{number}.jpg" for number in range(100)]
     drawn = draw(names, 0.1, 0.2, seed=0)
@@ -172,9 +190,9 @@ def test_masks_in_place_of_annotations(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("a.jpg,10,,train", "line 2: no 'text'"),
-        ("a.jpg,ten,left,train", "'annotation' must be the id of a COCO annotation, found 'ten'"),
+        ("a.jpg,ten,left,train", "'annotation' must be the id of a COCO annotation, or a list of ids, found 'ten'"),
         ("a.jpg,10,left,dev", "split 'dev' is not one of train, val, test"),
-        ("z.jpg,10,left,train", "image 'z.jpg', annotation 10: instances.json has no such image"),
+        ("z.jpg,10,left,train", "image 'z.jpg', annotation [10]: instances.json has no such image"),
         ("a.jpg,99,left,train", "there is no annotation 99"),
         ("b.jpg,10,left,train", "its annotation 10 belongs to image 1, the ref says image 2"),
         (

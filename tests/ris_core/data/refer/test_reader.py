@@ -39,7 +39,7 @@ def test_dataset_names(name: str, refs_file: str, splits: str, file_safe: str) -
 def test_unknown_datasets_are_refused_with_the_valid_names(name: str) -> None:
     with pytest.raises(DataError, match=re.escape(f"no dataset '{name}'")) as caught:
         DatasetName.parse(name)
-    assert "refcocog_umd, refcocog_google, shapes, shapes+, shapesg" in str(caught.value)
+    assert "refcocog_umd, refcocog_google, grefcoco_unc, shapes, shapes+, shapesg" in str(caught.value)
     if name == "refcocog_unc":
         assert "did you mean refcocog_umd or refcocog_google?" in str(caught.value)
 
