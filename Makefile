@@ -1,4 +1,4 @@
-# make repro · make test · make lint · make bench · make drill: each makes the environment it needs.
+# make repro · make test · make lint · make docs · make bench · make drill: each makes the environment it needs.
 PYTHON ?= python3.11
 UV_VERSION := 0.13.8
 READY := .venv/.ready
@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro repro-long test lint bench drill env lock
+.PHONY: repro repro-long test lint docs bench drill env lock
 repro: env
 	python -m pipelines.repro
 
@@ -26,6 +26,10 @@ lint: env
 	ruff format --check .
 	mypy
 	mypy tests/typing/misuse.py
+
+# The pages under docs/ as a site; a link that leads nowhere, or a name that is not there, is an error.
+docs: env
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir site
 
 bench: env
 	python -m benchmarks.preprocess
