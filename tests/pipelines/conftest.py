@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,19 @@ from pipelines import inputs, tracking
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
+
+URI = "MLFLOW_TRACKING_URI"
+
+
+@pytest.fixture(autouse=True)
+def tracking_uri_as_before() -> Iterator[None]:
+    """Leave the environment of the next test alone: MLflow writes the store that it is told of into it."""
+    before = os.environ.get(URI)
+    yield
+    if before is None:
+        os.environ.pop(URI, None)
+    else:
+        os.environ[URI] = before
 
 
 @pytest.fixture(scope="session")
