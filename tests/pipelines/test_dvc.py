@@ -338,14 +338,18 @@ class Change:
     code: bool = False  # whether values may differ for another reason than params.yaml
 
 
+def without_consequence(copy: Copy) -> None:
+    copy.set("cluster.train_workers", 7)
+    copy.set("train.loader_workers", 1)
+    copy.set("presets.long.evaluate", {"seed": 7})
+
+
 TRAINED = ("cris", "risclip", "lts")
 SCORED = ("evaluate", "register")
 AFTER = names("compare", "report")
 CHANGES = [
     Change("a comment in params.yaml", lambda c: c.edit("params.yaml"), set(), resolve=False),
-    Change("where to run", lambda c: c.set("cluster.train_workers", 7), set()),
-    Change("how far batches are made ahead", lambda c: c.set("train.loader_workers", 1), set()),
-    Change("a value of an unused preset", lambda c: c.set("presets.long.evaluate", {"seed": 7}), set()),
+    Change("where to run, how far batches are made ahead, and a value of an unused preset", without_consequence, set()),
     Change(
         "a value of the preset in use",
         lambda c: c.set("presets.default.evaluate", {"bootstrap_samples": 7}),
