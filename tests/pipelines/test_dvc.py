@@ -426,12 +426,6 @@ CHANGES = [
         names(*SCORED) | AFTER,
         code=True,
     ),
-    Change(
-        "a default of the CLIPs",
-        lambda c: c.edit("ris_core/training/pretrain.py", "option(0.05, minimum=0)", "option(0.06, minimum=0)"),
-        names("pretrain_clip", "initialise", "train", *SCORED) | AFTER,
-        code=True,
-    ),
 ]
 
 
