@@ -71,4 +71,5 @@ def dataset_name(name: str) -> DatasetName:
 
     Raises DataError, with the known ones, if there is none.
     """
-    return named(paths.raw(name))
+    root = paths.raw(name)
+    return named(root) if root.name == name else DatasetName.parse(name)  # which refuses a path

@@ -18,18 +18,20 @@ from ris_core.models.answer import Reading
 from ris_core.predictor import RISPredictor
 
 ENDINGS = (".png", ".jpg", ".jpeg")
+MODEL = str(paths.model("cris", "shapes"))  # by default
+
+ModelPlace = Annotated[
+    str, typer.Option(help="a model folder, or models:/name@alias or runs:/id/name of the tracking store")
+]
+Threshold = Annotated[float, typer.Option(help="a pixel belongs to the mask if its probability is above this")]
 
 
 def main(
     image: Annotated[str, typer.Argument(help="a picture: JPEG, PNG, WebP, TIFF, ...")],
     expression: Annotated[str, typer.Argument(help="which object, in words")],
     out: Annotated[Path, typer.Option(help="where to write the picture with the mask drawn")] = Path("overlay.png"),
-    model: Annotated[
-        str, typer.Option(help="a model folder, or models:/name@alias or runs:/id/name of the tracking store")
-    ] = str(paths.model("cris", "shapes")),
-    threshold: Annotated[
-        float, typer.Option(help="a pixel belongs to the mask if its probability is above this")
-    ] = 0.5,
+    model: ModelPlace = MODEL,
+    threshold: Threshold = 0.5,
 ) -> None:
     """Mark the object an expression names: writes a picture, prints the score and the mask's size."""
     check_out(out, image)

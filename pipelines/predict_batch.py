@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipelines import batch_output, cluster, inputs, paths, places
 from pipelines.batch_answers import Answerer
 from pipelines.batch_input import Asked, Photo, digest_of, photos, read_asked, read_expressions, unpack
-from pipelines.predict import model_folder
+from pipelines.predict import MODEL, ModelPlace, Threshold, model_folder
 from pipelines.transport import Road
 from ris_core.errors import ConfigError, DataError, RISError, list_problems
 from ris_core.files import file_sha256
@@ -42,12 +42,8 @@ def main(
     expression: Annotated[
         list[str] | None, typer.Option(help="an expression asked of every image; may be given several times")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="a model folder, or models:/name@alias or runs:/id/name of the tracking store")
-    ] = str(paths.model("cris", "shapes")),
-    threshold: Annotated[
-        float, typer.Option(help="a pixel belongs to the mask if its probability is above this")
-    ] = 0.5,
+    model: ModelPlace = MODEL,
+    threshold: Threshold = 0.5,
 ) -> None:
     """Answer many expressions about many images with all of a machine or cluster; goes on where it was stopped."""
     start = time.monotonic()

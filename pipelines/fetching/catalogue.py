@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ris_core.data.refer.reader import DatasetName, facts
+from ris_core.data.refer.reader import DatasetName, facts, how_to_get
 from ris_core.errors import ConfigError, DataError
 
 PHOTOS = "train2014"  # every photo of RefCOCO, RefCOCO+ and RefCOCOg is one of COCO's train2014
@@ -47,13 +47,13 @@ class Wanted:
 def annotations_of(dataset: str, accepted: str | None = None) -> Wanted:
     """Give the archive of a dataset's annotations. `accepted` is one more SHA-256 that it may have.
 
-    The published ones are as other projects state them. Raises DataError for an unknown dataset, ConfigError for one that
-    is embedded, or where `accepted` is no SHA-256.
+    The published ones are as other projects state them. Raises DataError for an unknown dataset, ConfigError for one without
+    an archive, or where `accepted` is no SHA-256.
     """
     name = DatasetName.parse(dataset)
     archive = facts()["archives"].get(name.folder)
     if archive is None:
-        raise ConfigError(f"{dataset} is an embedded dataset: `dvc repro synthesize` writes it, nothing is fetched")
+        raise ConfigError(f"nothing is fetched of {dataset}: {how_to_get(name)}")
     if accepted is not None and not _SHA256.fullmatch(accepted.lower()):
         raise ConfigError(f"--accept-sha256 {accepted[:80]}: a SHA-256 has 64 digits of 0-9 and a-f")
     sums = (archive["sha256"], *([accepted.lower()] if accepted else []))

@@ -547,7 +547,7 @@ def test_all_wrong_options_are_told_at_once(world: World) -> None:
     assert "all: expected an address or a list of them, found 5" in told
     with pytest.raises(ConfigError, match="--accept-sha256 abc: a SHA-256 has 64 digits"):
         world.fetch(accept_sha256="abc")
-    with pytest.raises(ConfigError, match="shapes is an embedded dataset: `dvc repro synthesize` writes it"):
+    with pytest.raises(ConfigError, match="nothing is fetched of shapes: It is written by `dvc repro synthesize`"):
         world.fetch("shapes")
     with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file"):
         world.fetch(mirrors=Path("nowhere.yaml"))

@@ -67,6 +67,9 @@ def test_the_how_to_works_as_it_is_written(zoo: Path) -> None:
 
 def test_a_name_without_a_description_is_told_where_that_belongs(zoo: Path) -> None:
     assert stage.check_names("zoo").splits == ("train", "val", "test")
+    for path in ("../raw/zoo", "zoo/", "./zoo", ""):
+        with pytest.raises(DataError, match="there is no dataset"):
+            stage.check_names(path)
     (zoo / "dataset.yaml").unlink()
     with pytest.raises(DataError, match=r"there is no dataset 'zoo': .*dataset\.yaml in its folder, data/raw/<name>"):
         stage.check_names("zoo")

@@ -241,6 +241,8 @@ def _collect(
 
 def how_to_get(name: DatasetName) -> str:
     """Tell what to do about a missing or broken file of this dataset, as a sentence."""
+    if name.is_generalised:
+        return "gRefCOCO's files are given out by github.com/henghuiding/gRefCOCO; docs/generalised.md says where they lie here."
     archive = facts()["archives"].get(name.folder)
     if archive is None:
         return f"It is written by `dvc repro synthesize` ({name.name} is an embedded dataset)."

@@ -98,6 +98,11 @@ def test_entries_that_are_none_are_problems(entry: Any) -> None:
     assert isinstance(found, Problem) or found == (entry, ())
 
 
+def test_who_has_none_of_it_is_told_where_it_is_given_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"grefs\(unc\)\.p: no such file\. gRefCOCO's files are given out by github"):
+        prepared(tmp_path)
+
+
 def test_data_of_that_kind_under_another_name_is_told_what_it_is(tmp_path: Path) -> None:
     root = generalised().write(tmp_path)
     (root / "refcoco").symlink_to(root / "grefcoco")
