@@ -14,7 +14,7 @@ import pyarrow as pa
 import typer
 from tqdm import tqdm
 
-from pipelines import batch_output, cluster, inputs, paths, places
+from pipelines import batch_output, cluster, inputs, places
 from pipelines.batch_answers import Answerer
 from pipelines.batch_input import Asked, Photo, digest_of, photos, read_asked, read_expressions, unpack
 from pipelines.predict import MODEL, ModelPlace, Threshold, model_folder
