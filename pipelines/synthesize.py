@@ -15,7 +15,7 @@ from pipelines.stage import params, run
 from ris_core.data.shapes.synthetic import write_dataset
 
 
-def main(dataset: Annotated[str, typer.Option(help="shapes, shapes+ or shapesg")]) -> None:
+def main(dataset: Annotated[str, typer.Option(help="shapes, shapes+, shapesg or shapes*")]) -> None:
     """Write a synthetic dataset in exactly the official RefCOCO files."""
     spec = params("synthesize").synthesize
     counts = write_dataset(paths.raw(dataset), dataset, spec, workers=os.cpu_count() or 1)

@@ -37,7 +37,7 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 _UNC, _UMD, _GOOGLE = ("train", "val", "testA", "testB"), ("train", "val", "test"), ("train", "val", "test")
-GENERALISED = ("grefcoco",)  # folders of data in which a referent has none or several annotations
+GENERALISED = ("grefcoco", "shapes*")  # folders of data in which a referent has none or several annotations
 MIXED = "mixed"  # in place of a split-by
 DATASETS = {
     "refcoco_unc": ("refcoco", "unc", _UNC),
@@ -49,6 +49,7 @@ DATASETS = {
     "shapes": ("shapes", "unc", _UNC),
     "shapes+": ("shapes+", "unc", _UNC),
     "shapesg": ("shapesg", "umd", _UMD),
+    "shapes*": ("shapes*", "unc", _UNC),
 }
 
 
@@ -241,7 +242,7 @@ def _collect(
 
 def how_to_get(name: DatasetName) -> str:
     """Tell what to do about a missing or broken file of this dataset, as a sentence."""
-    if name.is_generalised:
+    if name.folder == "grefcoco":
         return "gRefCOCO's files are given out by github.com/henghuiding/gRefCOCO; docs/generalised.md says where they lie here."
     archive = facts()["archives"].get(name.folder)
     if archive is None:

@@ -145,7 +145,18 @@ class Relation:
         return _plainly(plain, _band(value - max(rivals, default=-math.inf), RELATION_MARGIN * scene.canvas))
 
 
-Modifier = Place | Rank | Extreme | Relation
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A half of the picture, for sets: whatever lies there, however the others of its group lie."""
+
+    where: str
+    kind = "location"
+
+    def judge(self, scene: Scene, group: Sequence[int], index: int) -> Verdict:
+        return _band(_offset(scene, index, self.where), LOCATION_MARGIN / 2 * scene.canvas)
+
+
+Modifier = Place | Rank | Extreme | Relation | Side
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""The three embedded flavours, and choosing what to say about each thing of a scene.
+"""The embedded flavours, and choosing what to say about each thing of a scene.
 
 `shapes` allows location words as refcoco does, `shapes+` none as refcoco+, on the same pictures, and `shapesg` has long
-sentences as refcocog, on pictures of its own.
+sentences as refcocog, on pictures of its own. `shapes*` is to `shapes` what gRefCOCO is to RefCOCO: the same pictures, where
+expressions may also mean several things or none.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ris_core.data.shapes.expressions import (
     solve,
 )
 from ris_core.data.shapes.scenes import ROUND, SHAPES, Scene
+from ris_core.data.shapes.several import NONE, SEVERAL, SHARES, Several, meaning, propose_none, propose_several
+from ris_core.data.shapes.several_words import phrase_none, phrase_several
 from ris_core.data.shapes.wording import clean, long_phrase, phrase, typed
 
 LONG_WORDS = (8, 15)  # least and most words of a long expression
@@ -34,6 +37,7 @@ ARTICLES = ("a", "an", "the")  # two expressions that differ by these only are a
 
 _ROUNDS = 5  # how often each kind is come back to while a target lacks sentences
 _TRIES = 6  # lots drawn each time
+_SET_TRIES = 60  # lots drawn for the sets of a scene, for each expression wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Flavour:
     relations: tuple[str, ...]
     kinds: dict[str, float]
     long: bool = False
+    generalised: bool = False
 
 
 _UNC = ("train", "val", "testA", "testB")
@@ -62,20 +67,27 @@ FLAVOURS = {
     "shapes": Flavour("shapes", "unc", _UNC, 1, _ALL, _SHAPES_KINDS),
     "shapes+": Flavour("shapes+", "unc", _UNC, 1, PLAIN_RELATIONS, _PLUS_KINDS),
     "shapesg": Flavour("shapesg", "umd", _UMD, 2, _ALL, _LONG_KINDS, long=True),
+    "shapes*": Flavour("shapes*", "unc", _UNC, 1, _ALL, _SHAPES_KINDS, generalised=True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A program that means exactly one thing of its scene, what singles it out (kind), and its words.
+    """A program, what singles out the one thing of its scene that it means (kind), and its words.
 
+    What means several things or none is of the kind `several` or `none`.
     raw is the text as typed, tokens what is left of it after cleaning.
     """
 
-    program: Program
+    program: Program | Several
     kind: str
     raw: str
     tokens: tuple[str, ...]
+
+    @property
+    def essence(self) -> tuple[str, ...]:
+        """Give what tells expressions apart."""
+        return tuple(token for token in self.tokens if token not in ARTICLES)
 
 
 def describe(
@@ -96,13 +108,43 @@ def describe(
             if len(found) == wanted:
                 break
             expression = _express(kind, scene, target, flavour, rng)
-            essence = tuple(token for token in expression.tokens if token not in ARTICLES) if expression else ()
-            if expression and essence not in used:
-                used.add(essence)
+            if expression and expression.essence not in used:
+                used.add(expression.essence)
                 found.append(expression)
         if found:
             described[target] = found
     return described
+
+
+def describe_sets(
+    scene: Scene, single: Iterable[Expression], most: int, rng: Random
+) -> list[tuple[tuple[int, ...], list[Expression]]]:
+    """Give sets of things of a scene, at last the empty one, each with 1 to `most` expressions, or more about nothing.
+
+    There are as many as gRefCOCO has for so many `single` expressions, on average; none says the same as another one or as
+    one of those.
+    """
+    used = {expression.essence for expression in single}
+    wanted = {kind: len(used) * share / (1 - sum(SHARES.values())) for kind, share in SHARES.items()}
+    found: dict[frozenset[int], list[Expression]] = {}
+    for kind, number in ((SEVERAL, wanted[SEVERAL]), (NONE, wanted[NONE])):
+        waiting = int(number + rng.random())
+        for _ in range(_SET_TRIES * waiting):
+            if not waiting:
+                break
+            said = propose_several(scene, rng) if kind == SEVERAL else propose_none(scene, rng)
+            meant = None if said is None else meaning(said, scene)
+            if said is None or meant is None or (len(meant) < 2 if kind == SEVERAL else meant):
+                continue
+            text = phrase_several(said, len(meant), rng) if kind == SEVERAL else phrase_none(said, rng)
+            raw = typed(text, rng)
+            expression = Expression(said, kind, raw, tuple(clean(raw)))
+            about = found.setdefault(meant, [])
+            if expression.essence not in used and (kind == NONE or len(about) < most):
+                used.add(expression.essence)
+                about.append(expression)
+                waiting -= 1
+    return [(tuple(sorted(meant)), said) for meant, said in found.items() if said]
 
 
 def _express(kind: str, scene: Scene, target: int, flavour: Flavour, rng: Random) -> Expression | None:

@@ -4,9 +4,10 @@ Under a root, `write_dataset` makes
 
     <name>/refs(<split_by>).p   <name>/instances.json   images/mscoco/images/train2014/COCO_train2014_<12 digits>.jpg
 
-as the REFER toolbox reads them (lichengunc/refer), and two files of its own: `<name>/captions.json`, COCO captions of
-the training pictures for the pre-training of a small CLIP, and `<name>/kinds.json`, which tells for each sent_id what
-singles out its referent (attribute, size, location, order, relation), so that scores can be read kind by kind.
+as the REFER toolbox reads them (lichengunc/refer), for `shapes*` `grefs(unc).json` in place of refs as gRefCOCO has it, and
+two files of its own: `<name>/captions.json`, COCO captions of the training pictures for the pre-training of a small CLIP, and
+`<name>/kinds.json`, which tells for each sent_id what singles out its referent (attribute, size, location, order,
+relation; several, none), so that scores can be read kind by kind.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ris_core.data.shapes.flavours import FLAVOURS, FOCUS, Expression, Flavour, describe
+from ris_core.data.shapes.flavours import FLAVOURS, FOCUS, Expression, Flavour, describe, describe_sets
 from ris_core.data.shapes.scenes import ROUND, SHAPES, Scene, paint, polygon_area, sample_scene, visible_polygons
 from ris_core.data.shapes.wording import region_captions, scene_captions
 from ris_core.errors import ConfigError, DataError, list_problems
 
 IMAGE_FOLDER = Path("images/mscoco/images/train2014")
+NO_TARGET = -1  # as gRefCOCO writes annotation and category of a ref that means nothing
 MAX_SCENES = 100_000  # a split: the room its image ids have
 
 Records = list[dict[str, Any]]
@@ -109,12 +111,17 @@ class Page:
         rng = np.random.default_rng(self._seeds(_SCENE))
         return sample_scene(rng, self.spec.canvas, FOCUS.get(self.split, SHAPES)), rng
 
-    def describe(self, scene: Scene) -> dict[int, list[Expression]]:
-        """Give expressions for each thing that becomes a ref."""
+    def describe(self, scene: Scene) -> list[tuple[tuple[int, ...], list[Expression]]]:
+        """Give the things of each ref, exactly one but in generalised data, and expressions for them."""
         rng = self._random(_WORDS + list(FLAVOURS).index(self.flavour.name))
         things = [i for i, thing in enumerate(scene.things) if thing.shape in FOCUS.get(self.split, SHAPES)]
         targets = sorted(rng.sample(things, min(len(things), self.spec.refs_per_image)))
-        return describe(scene, targets, self.flavour, self.spec.sentences_per_ref, rng)
+        found = describe(scene, targets, self.flavour, self.spec.sentences_per_ref, rng)
+        single = [((target,), said) for target, said in found.items()]
+        if not self.flavour.generalised:
+            return single
+        expressions = [expression for said in found.values() for expression in said]
+        return [*single, *describe_sets(scene, expressions, self.spec.sentences_per_ref[1], rng)]
 
     def captions(self, scene: Scene) -> list[tuple[str, int | None]]:
         """Give captions, each with the thing it is about or None for the whole scene."""
@@ -133,14 +140,14 @@ class Page:
 def write_dataset(
     root: Path, name: str, spec: SyntheticSpec, *, workers: int = 1, progress: bool = True
 ) -> dict[str, Any]:
-    """Write the embedded dataset `name` (shapes, shapes+, shapesg) under `root` and return its counts.
+    """Write the embedded dataset `name` (shapes, shapes+, shapesg, shapes*) under `root` and return its counts.
 
     Returns {"splits": {split: {"images", "refs", "sentences", "kinds": {kind: sentences}}}, "captions": n}. The bytes
     depend on `spec` alone, not on `workers`. Everything is first written to `<root>/.<name>.tmp` and moved in place at
     the end, pictures first and the dataset's folder last: a killed run leaves no folder that looks like a dataset.
 
     Raises ConfigError for an unknown name or worker count, DataError if `root` holds the sister flavour drawn with
-    another spec (shapes and shapes+ share their pictures).
+    another spec (shapes, shapes+ and shapes* share their pictures).
     """
     if name not in FLAVOURS:
         raise ConfigError(f"There is no embedded dataset {name!r}: choose one of {', '.join(FLAVOURS)}")
@@ -158,12 +165,18 @@ def write_dataset(
     records = list(tqdm(drawn, name, len(pages), unit="img", disable=None if progress else True))
     refs = [ref for page in records for ref in page["refs"]]
     kinds = _number(refs)
+    # Through JSON, so that a pickle does not tell which strings happened to be one object: workers' never are.
+    as_json = _json(refs)
+    official = (
+        {f"grefs({flavour.split_by}).json": as_json}
+        if flavour.generalised
+        else {f"refs({flavour.split_by}).p": pickle.dumps(json.loads(as_json), protocol=2)}
+    )
     files = {
         "instances.json": _json(_instances(records, flavour, spec)),
         "captions.json": _json(_coco_captions(records, flavour)),
         "kinds.json": _json(kinds),
-        # Through JSON, so that the pickle does not tell which strings happened to be one object: workers' never are.
-        f"refs({flavour.split_by}).p": pickle.dumps(json.loads(_json(refs)), protocol=2),
+        **official,
     }
     for file, content in files.items():
         (staging / name / file).write_bytes(content)
@@ -217,7 +230,10 @@ def _draw(page: Page, folder: Path) -> dict[str, Any]:
             "id": page.image_id,
         },
         "annotations": annotations,
-        "refs": [_ref(page, annotations[i], i, said) for i, said in page.describe(scene).items()],
+        "refs": [
+            _ref(page, [annotations[i] for i in things], number, said)
+            for number, (things, said) in enumerate(page.describe(scene))
+        ],
         "captions": [
             {"image_id": page.image_id, "caption": text} | ({} if i is None else {"bbox": annotations[i]["bbox"]})
             for text, i in captions
@@ -240,18 +256,22 @@ def _annotation(scene: Scene, index: int, image_id: int) -> dict[str, Any]:
     }
 
 
-def _ref(page: Page, annotation: dict[str, Any], index: int, said: list[Expression]) -> dict[str, Any]:
+def _ref(page: Page, meant: Records, number: int, said: list[Expression]) -> dict[str, Any]:
+    """Make the record of a ref, the `number`th of its picture, that means these annotations."""
+    ids, categories = [each["id"] for each in meant], [each["category_id"] for each in meant]
+    generalised = page.flavour.generalised
     # As in the originals, where refcocog's names end in the annotation's id and refcoco's in a count.
-    suffix = annotation["id"] if page.flavour.long else index
+    suffix = number if generalised else ids[0] if page.flavour.long else ids[0] % 10
     return {
-        "ann_id": annotation["id"],
+        "ann_id": (ids or [NO_TARGET]) if generalised else ids[0],
         "file_name": f"{page.file_name.removesuffix('.jpg')}_{suffix}.jpg",
         "image_id": page.image_id,
         "split": page.split,
-        "category_id": annotation["category_id"],
+        "category_id": (categories or [NO_TARGET]) if generalised else categories[0],
         "sentences": [
             {"tokens": list(e.tokens), "raw": e.raw, "sent": " ".join(e.tokens), "kind": e.kind} for e in said
         ],
+        **({"no_target": not ids} if generalised else {}),
     }
 
 

@@ -75,10 +75,10 @@ def phrase(program: Program, rng: Random) -> str:
     if isinstance(modifier, Rank):
         return _rank(modifier, program.noun, noun, rng)
     if isinstance(modifier, Extreme):
-        return rng.choice(("", "", "the ")) + f"{_say(modifier.which, rng)} {noun}"
+        return rng.choice(("", "", "the ")) + f"{say(modifier.which, rng)} {noun}"
     the = rng.choice(("", "the ", "the "))
     return (
-        rng.choice(("", "", "", "the ")) + f"{noun} {_say(modifier.relation, rng)} {the}{_noun(modifier.anchor, rng)}"
+        rng.choice(("", "", "", "the ")) + f"{noun} {say(modifier.relation, rng)} {the}{_noun(modifier.anchor, rng)}"
     )
 
 
@@ -89,7 +89,7 @@ def long_phrase(program: Program, rng: Random) -> str:
     relations: list[str] = []
     for modifier in program.modifiers:
         if isinstance(modifier, Extreme):
-            front.append(_say(modifier.which, rng))
+            front.append(say(modifier.which, rng))
         elif isinstance(modifier, Rank):
             front.append(ORDINALS[modifier.rank - 1])
             places.append(f"from the {modifier.side}" + rng.choice((" side of the picture", " of the image", "")))
@@ -97,7 +97,7 @@ def long_phrase(program: Program, rng: Random) -> str:
             places.append(rng.choice(("", "", "located ", "that is ")) + _full_place(modifier.where, rng))
         else:
             anchor = _with_article(_noun(modifier.anchor, rng, bare=False), rng)
-            relations.append(f"{_say(modifier.relation, rng)} {anchor}")
+            relations.append(f"{say(modifier.relation, rng)} {anchor}")
     noun = " ".join([*front, _noun(program.noun, rng, bare=False)])
     text = " ".join([f"the {noun}" if front else _with_article(noun, rng), *places])
     if relations:
@@ -142,16 +142,17 @@ def region_captions(scene: Scene, index: int, rng: Random) -> list[str]:
     return captions
 
 
-def _say(word: str, rng: Random) -> str:
+def say(word: str, rng: Random) -> str:
+    """Give a word or one of its synonyms."""
     plain, *others = SYNONYMS.get(word, (word,))
     return rng.choice(others) if others and rng.random() < _SYNONYM_SHARE else plain
 
 
 def _noun(noun: Noun, rng: Random, bare: bool = True) -> str:
     """Give the words of a noun in their order; `bare` may leave out the "one" of "red one"."""
-    words = [_say(word, rng) for word in (noun.size, noun.colour) if word]
+    words = [say(word, rng) for word in (noun.size, noun.colour) if word]
     if noun.shape:
-        words.append(_say(noun.shape, rng))
+        words.append(say(noun.shape, rng))
     elif not (bare and words and rng.random() < 0.25):
         words.append(rng.choice(("one", "one", "thing", "object", "shape")))
     return " ".join(words)
@@ -159,7 +160,7 @@ def _noun(noun: Noun, rng: Random, bare: bool = True) -> str:
 
 def _place(where: str, noun: Noun, words: str, rng: Random) -> str:
     if where == "middle":
-        spot = _say(where, rng)
+        spot = say(where, rng)
         forms = [f"{spot} {words}", f"{words} in the {spot}", f"{words} in {spot}", f"the {words} in the {spot}"]
     elif " " in where:
         vertical, side = where.split()
@@ -214,7 +215,7 @@ def _rank(modifier: Rank, noun: Noun, words: str, rng: Random) -> str:
 def _full_place(where: str, rng: Random) -> str:
     picture = rng.choice(("picture", "image", "photo"))
     if where == "middle":
-        return f"in the {_say(where, rng)} of the {picture}"
+        return f"in the {say(where, rng)} of the {picture}"
     if " " in where:
         return rng.choice((f"in the {where} corner of the {picture}", f"at the {where} of the {picture}"))
     if where in ("left", "right"):
@@ -250,7 +251,7 @@ def _described(scene: Scene, index: int, rng: Random, size_share: float) -> str:
 def _placed(scene: Scene, index: int, rng: Random) -> str:
     where = rng.choice(likely_places(scene, index))
     preposition = "on" if where in ("left", "right") else "in" if where == "middle" else "at"
-    return f"{_with_article(_described(scene, index, rng, 0.3), rng)} {preposition} the {_say(where, rng)}"
+    return f"{_with_article(_described(scene, index, rng, 0.3), rng)} {preposition} the {say(where, rng)}"
 
 
 def _listed(parts: Sequence[str], rng: Random) -> str:
@@ -286,11 +287,11 @@ def _tale(scene: Scene, rng: Random) -> str:
     parts = [f"a {_described(scene, i, rng, 0.3)}" for i in order]
     if relation and solve(Program(Noun(), (relation,)), scene) == order[0]:
         anchor = relation.anchor.group(scene)[0]
-        parts = [f"{parts[0]} {_say(relation.relation, rng)} {parts[order.index(anchor)]}"] + [
+        parts = [f"{parts[0]} {say(relation.relation, rng)} {parts[order.index(anchor)]}"] + [
             part for part, i in zip(parts, order, strict=True) if i not in (order[0], anchor)
         ]
     which = rng.choice(("largest", "smallest"))
     extreme = solve(Program(Noun(), (Extreme(which),)), scene)
     if extreme is not None and rng.random() < 0.5:
-        parts.append(f"the {_say(which, rng)} is the {_described(scene, extreme, rng, 0.0)}")
+        parts.append(f"the {say(which, rng)} is the {_described(scene, extreme, rng, 0.0)}")
     return _listed(parts, rng)
