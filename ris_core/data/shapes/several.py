@@ -74,7 +74,7 @@ def propose_none(scene: Scene, rng: Random) -> Several | None:
     Most are colours and shapes of the scene, exchanged; some a thing that is there, said to be where it is not.
     """
     thing, other = rng.choice(scene.things), rng.choice(scene.things)
-    way = rng.choices(("exchanged", "other", "side", "relation"), (4, 2, 2, 2))[0]
+    way = rng.choices(("exchanged", "other", "side", "relation"), (6, 2, 2, 2))[0]
     if way == "exchanged":
         return Several((Program(Noun(thing.colour, other.shape)),))
     if way == "other":

@@ -68,7 +68,9 @@ def _whereabouts(program: Program, rng: Random) -> str:
     if isinstance(modifier, Side):
         if modifier.where in ("left", "right"):
             return rng.choice((f" on the {modifier.where}", f" on the {modifier.where} side", f" on {modifier.where}"))
-        return rng.choice((f" at the {modifier.where}", f" in the {'upper' if modifier.where == 'top' else 'lower'} half"))
+        return rng.choice(
+            (f" at the {modifier.where}", f" in the {'upper' if modifier.where == 'top' else 'lower'} half")
+        )
     assert isinstance(modifier, Relation)
     assert modifier.relation in DIRECTIONS
     return f" {say(modifier.relation, rng)} the {_words(modifier.anchor, 1, rng)}"

@@ -117,7 +117,7 @@ class Page:
         things = [i for i, thing in enumerate(scene.things) if thing.shape in FOCUS.get(self.split, SHAPES)]
         targets = sorted(rng.sample(things, min(len(things), self.spec.refs_per_image)))
         found = describe(scene, targets, self.flavour, self.spec.sentences_per_ref, rng)
-        single = [((target,), said) for target, said in found.items()]
+        single: list[tuple[tuple[int, ...], list[Expression]]] = [((target,), said) for target, said in found.items()]
         if not self.flavour.generalised:
             return single
         expressions = [expression for said in found.values() for expression in said]

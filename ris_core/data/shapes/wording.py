@@ -20,6 +20,7 @@ from ris_core.data.shapes.expressions import (
     Place,
     Program,
     Rank,
+    Relation,
     likely_places,
     propose_relation,
     solve,
@@ -76,10 +77,9 @@ def phrase(program: Program, rng: Random) -> str:
         return _rank(modifier, program.noun, noun, rng)
     if isinstance(modifier, Extreme):
         return rng.choice(("", "", "the ")) + f"{say(modifier.which, rng)} {noun}"
+    assert isinstance(modifier, Relation)  # sides are of sets alone
     the = rng.choice(("", "the ", "the "))
-    return (
-        rng.choice(("", "", "", "the ")) + f"{noun} {say(modifier.relation, rng)} {the}{_noun(modifier.anchor, rng)}"
-    )
+    return rng.choice(("", "", "", "the ")) + f"{noun} {say(modifier.relation, rng)} {the}{_noun(modifier.anchor, rng)}"
 
 
 def long_phrase(program: Program, rng: Random) -> str:
@@ -95,7 +95,7 @@ def long_phrase(program: Program, rng: Random) -> str:
             places.append(f"from the {modifier.side}" + rng.choice((" side of the picture", " of the image", "")))
         elif isinstance(modifier, Place):
             places.append(rng.choice(("", "", "located ", "that is ")) + _full_place(modifier.where, rng))
-        else:
+        elif isinstance(modifier, Relation):
             anchor = _with_article(_noun(modifier.anchor, rng, bare=False), rng)
             relations.append(f"{say(modifier.relation, rng)} {anchor}")
     noun = " ".join([*front, _noun(program.noun, rng, bare=False)])

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -41,17 +42,24 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def load(root: Path, name: str) -> tuple[list[dict], dict]:
-    refs = PlainUnpickler(io.BytesIO((root / name / f"refs({FLAVOURS[name].split_by}).p").read_bytes())).load()
+    if FLAVOURS[name].generalised:
+        refs = json.loads((root / name / f"grefs({FLAVOURS[name].split_by}).json").read_bytes())
+    else:
+        refs = PlainUnpickler(io.BytesIO((root / name / f"refs({FLAVOURS[name].split_by}).p").read_bytes())).load()
     return refs, json.loads((root / name / "instances.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root that holds all three flavours."""
+    """A root that holds all flavours."""
     folder = tmp_path_factory.mktemp("embedded")
     for name in FLAVOURS:
         write_dataset(folder, name, SPEC, progress=False)
     return folder
+
+
+SINGLE = [name for name, flavour in FLAVOURS.items() if not flavour.generalised]
+STAR = "shapes*"
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
@@ -76,14 +84,21 @@ def test_official_conventions(root: Path, name: str) -> None:
             "flickr_url",
             "id",
         }
-    assert len({ref["ref_id"] for ref in refs}) == len({ref["ann_id"] for ref in refs}) == len(refs)
+    assert (
+        len({ref["ref_id"] for ref in refs})
+        == len({(ref["image_id"], str(ref["ann_id"])) for ref in refs})
+        == len(refs)
+    )
     sent_ids = [sent_id for ref in refs for sent_id in ref["sent_ids"]]
     assert len(set(sent_ids)) == len(sent_ids)
     for ref in refs:
-        annotation = annotations[ref["ann_id"]]
-        assert (ref["image_id"], ref["category_id"]) == (annotation["image_id"], annotation["category_id"])
-        suffix = ref["ann_id"] if name == "shapesg" else ref["ann_id"] % 10
-        assert ref["file_name"] == f"COCO_train2014_{ref['image_id']:012d}_{suffix}.jpg"
+        if name == STAR:
+            check_targets(ref, annotations)
+        else:
+            annotation = annotations[ref["ann_id"]]
+            assert (ref["image_id"], ref["category_id"]) == (annotation["image_id"], annotation["category_id"])
+            suffix = ref["ann_id"] if name == "shapesg" else ref["ann_id"] % 10
+            assert ref["file_name"] == f"COCO_train2014_{ref['image_id']:012d}_{suffix}.jpg"
         assert ref["split"] in FLAVOURS[name].splits
         assert [sentence["sent_id"] for sentence in ref["sentences"]] == ref["sent_ids"]
         for sentence in ref["sentences"]:
@@ -93,7 +108,28 @@ def test_official_conventions(root: Path, name: str) -> None:
     assert sorted(kinds, key=int) == [str(sent_id) for sent_id in sorted(sent_ids)]
 
 
-@pytest.mark.parametrize("name", FLAVOURS)
+def check_targets(ref: dict, annotations: dict[int, dict]) -> None:
+    """As in gRefCOCO: lists of equal length, [-1] and [-1] where nothing is meant."""
+    assert ref["no_target"] == (ref["ann_id"] == [-1]) == (ref["category_id"] == [-1])
+    if not ref["no_target"]:
+        assert ref["ann_id"] == sorted(set(ref["ann_id"])) != []
+        meant = [annotations[number] for number in ref["ann_id"]]
+        assert {annotation["image_id"] for annotation in meant} == {ref["image_id"]}
+        assert ref["category_id"] == [annotation["category_id"] for annotation in meant]
+    assert re.fullmatch(rf"COCO_train2014_{ref['image_id']:012d}_\d+\.jpg", ref["file_name"])
+
+
+def test_a_generalised_ref_is_of_the_kinds_that_its_sentences_have(root: Path) -> None:
+    refs, _ = load(root, STAR)
+    kinds = json.loads((root / STAR / "kinds.json").read_bytes())
+    for ref in refs:
+        own = {kinds[str(sent_id)] for sent_id in ref["sent_ids"]}
+        meant = "none" if ref["no_target"] else "several" if len(ref["ann_id"]) > 1 else None
+        assert own == {meant} if meant else not own & {"none", "several"}
+    assert len({ref["file_name"] for ref in refs}) == len(refs)
+
+
+@pytest.mark.parametrize("name", SINGLE)
 def test_pickle_is_plain_and_old(root: Path, name: str) -> None:
     content = (root / name / f"refs({FLAVOURS[name].split_by}).p").read_bytes()
     opcodes = {opcode.name for opcode, _, _ in pickletools.genops(content)}
@@ -109,7 +145,7 @@ def test_our_own_reader_finds_nothing_wrong(root: Path, name: str) -> None:
     assert not files.bad_images
     assert not files.bad_annotations
     assert len(files.references) == len(refs)
-    assert len(files.annotations) == len(instances["annotations"])
+    assert sum(number >= 0 for number in files.annotations) == len(instances["annotations"])  # others are targets
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
@@ -150,10 +186,11 @@ def test_test_a_is_round_and_test_b_is_not(root: Path) -> None:
 
 
 def test_sisters_share_pictures_and_nothing_else_does(root: Path) -> None:
-    (refs, shapes), (plus_refs, plus), (_, long) = (load(root, name) for name in FLAVOURS)
-    assert shapes["images"] == plus["images"]
-    assert shapes["annotations"] == plus["annotations"]
-    assert {(r["image_id"], r["split"]) for r in refs} == {(r["image_id"], r["split"]) for r in plus_refs}
+    (refs, shapes), (plus_refs, plus), (_, long), (star_refs, star) = (load(root, name) for name in FLAVOURS)
+    assert shapes["images"] == plus["images"] == star["images"]
+    assert shapes["annotations"] == plus["annotations"] == star["annotations"]
+    pictures = [{(ref["image_id"], ref["split"]) for ref in each} for each in (refs, plus_refs, star_refs)]
+    assert pictures[0] == pictures[1] == pictures[2]
     assert not {image["id"] for image in shapes["images"]} & {image["id"] for image in long["images"]}
     everything = {path.name: path.read_bytes() for path in (root / IMAGE_FOLDER).iterdir()}
     assert len(everything) == len(set(everything.values())) == len(shapes["images"]) + len(long["images"])
@@ -247,7 +284,8 @@ def test_captions_are_of_training_pictures_only(root: Path) -> None:
     assert Counter(c["image_id"] for c in annotations if "bbox" not in c) == dict.fromkeys(train, 3)
     words = {word.strip(",") for c in annotations for word in c["caption"].split()}
     assert {"left", "right", "top", "bottom", "largest", "small", "first", "second", "from"} <= words
-    assert json.loads((root / "shapes+/captions.json").read_bytes())["annotations"] == annotations
+    for sister in ("shapes+", STAR):
+        assert json.loads((root / sister / "captions.json").read_bytes())["annotations"] == annotations
 
 
 def test_bytes_depend_on_the_spec_alone(root: Path, tmp_path: Path) -> None:
@@ -259,6 +297,25 @@ def test_bytes_depend_on_the_spec_alone(root: Path, tmp_path: Path) -> None:
     other = SyntheticSpec(seed=4, canvas=128, train=24, val=10, test=8)
     write_dataset(tmp_path / "other", "shapes", other, progress=False)
     assert not set(digests(tmp_path / "other").values()) & set(two.values())
+
+
+# Of the files that SPEC makes. Whoever changes them on purpose writes the new ones here, and makes the records anew.
+WRITTEN = {
+    "shapes/captions.json": "2a929d06f4be84f6002e542dba433a467e40a0c7f5327392b7e927a8f28ace8f",
+    "shapes/instances.json": "aaed8e2efa6842706232f06ca3bb6a6af3a66534ebd4cbc2573ab7af7643b165",
+    "shapes/kinds.json": "007c8936df2b816fe26244abb94eae31bde9b3bb7126d53bdbf358cabe010394",
+    "shapes/refs(unc).p": "0cfedb447b2308569e0e58d1ab1536b152e50fb76d98268d6bdcdd3f4ea90f9e",
+    "shapes+/kinds.json": "f851a25dd3208d7cc26cbcb3d71c328557829c38ff79d726850110626e03c68b",
+    "shapes+/refs(unc).p": "7d36e8374815e23645785afb48f02d00cd9c8f0f771e3c847f9b5cad55fc7cda",
+    "shapesg/captions.json": "d39b9edec71c5def485c0227efe00d541a9bfc7dc000ee5d7203010b995d6295",
+    "shapesg/instances.json": "c4d3954a605157bce92a438ba2abe143db32a8720b77c66bbde5b1aa563d8b07",
+    "shapesg/kinds.json": "877062aeac5a55664dd89d59281f695c2669459afb7931e0c4aa5ccf73a515e1",
+    "shapesg/refs(umd).p": "2ee00699a3ec8d3b4502cc63623de4b480a1f1fa769e546326a8bd6416ea2598",
+}
+
+
+def test_flavours_of_one_target_are_what_they_always_were(root: Path) -> None:
+    assert WRITTEN.items() <= digests(root).items()
 
 
 def test_counts_tell_what_was_written(tmp_path: Path) -> None:
