@@ -5,6 +5,7 @@ The stage's own results stay as they are: all goes into a folder of its own.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def check_fit(
 ) -> None:
     """Raise WeightsError, with all that is in the way and what to run, unless a model can be asked about a dataset."""
     problems = []
-    preprocess = (
-        f"and run `ris preprocess --dataset {dataset}` (the models trained on these shards then need the old ones)"
-    )
+    preprocess = f"and run `ris preprocess --dataset {shlex.quote(dataset)}` (the models trained on these shards then need the old ones)"
     for name, wanted, there in (
         ("image_size", info.image_size, store.image_size),
         ("resample", info.resample, store.resample),
@@ -105,9 +104,8 @@ def check_fit(
 
 
 def _proposals_in_the_way(options: Plain, store: ShardStore, dataset: str, splits: Sequence[str]) -> Iterator[str]:
-    run = (
-        f"run `ris propose --dataset {dataset}` with a system that chooses among proposals in `systems` of params.yaml"
-    )
+    command = f"ris propose --dataset {shlex.quote(dataset)}"
+    run = f"run `{command}` with a system that chooses among proposals in `systems` of params.yaml"
     try:
         made = ProposalStore(paths.proposals(dataset)).manifest
     except DataError as error:

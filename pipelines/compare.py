@@ -5,6 +5,7 @@ python -m pipelines.compare --dataset shapes
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,7 @@ from pipelines.stage import check_names, params, run
 from ris_core import files
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError, list_problems
-from ris_core.evaluation.metrics import PROTOCOLS, Protocol, iou
+from ris_core.evaluation.metrics import Protocol, iou, suited
 from ris_core.models.answer import Reading
 from ris_core.options import Plain
 from ris_core.predictor import RISPredictor
@@ -35,7 +36,7 @@ def main(dataset: Annotated[str, typer.Option(help="a dataset that all systems w
     """Test all systems against each other over the same expressions, and show what was hard for them."""
     check_names(dataset)
     chosen = params("compare")
-    protocol = PROTOCOLS[chosen.evaluate.protocols[0]]
+    protocol = suited(chosen.evaluate.protocols, ShardStore(paths.shards(dataset)).is_generalised)[0]
     tables = {
         split: joined(of_systems, f"{dataset} {split}")
         for split, of_systems in read_tables(dataset, chosen.systems, protocol).items()
@@ -72,7 +73,7 @@ def read_tables(dataset: str, systems: list[str], protocol: Protocol) -> dict[st
         if split not in found[system]
     ]
     if missing:
-        remedy = f"run the stage evaluate for them: python -m pipelines.evaluate --system ... --dataset {dataset}"
+        remedy = f"run the stage evaluate for them: python -m pipelines.evaluate --system ... --dataset {shlex.quote(dataset)}"
         raise DataError(list_problems(f"the systems cannot be compared on {dataset}", missing, remedy))
     columns = EXPRESSION + ANSWER
     counted = pc.field("found") if protocol.skip_unanswered else None

@@ -36,7 +36,7 @@ from ris_core.evaluation.behaviour import behaviour
 from ris_core.evaluation.cost import cost
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.finished import KeptAnswers
-from ris_core.evaluation.metrics import PROTOCOLS, Protocol
+from ris_core.evaluation.metrics import PROTOCOLS, Protocol, suited
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.evaluation.queries import Query, queries_of, shuffled, swapped
 from ris_core.models.answer import Reading
@@ -85,7 +85,7 @@ def stage(system: str, dataset: str) -> None:
     store = ShardStore(paths.shards(dataset))
     store.verify()
     splits = chosen.evaluate.splits or sorted_splits(store.manifest["splits"])
-    protocols = [PROTOCOLS[each] for each in chosen.evaluate.protocols]
+    protocols = suited(chosen.evaluate.protocols, store.is_generalised)
     folder = paths.model(system, dataset)
     model, described = load_model(folder)  # a bad one is told before any actor starts
     check_fit(described.info, store, folder, dataset)
@@ -101,7 +101,7 @@ def stage(system: str, dataset: str) -> None:
     files.write_json(out / "protocols.json", {p.name: asdict(p) for p in protocols})
     first = f"{protocols[0].name}/{splits[0]}"
     with files.replaced_folder(out / "gallery") as pictures:
-        rows = gallery.choose(tables[first])
+        rows = gallery.choose(tables[first], protocols[0].empty_union)
         predictor = predictor_of(chosen, folder, protocols[0].reading)
         shown = gallery.draw(rows, predictor, store, paths.raw(dataset), pictures)
         files.write_json(pictures / "gallery.json", rounded(shown))
@@ -119,7 +119,7 @@ def elsewhere(asked: by_hand.Asked) -> None:
     name, chosen = check_names(asked.dataset), params("evaluate")
     store = ShardStore(paths.shards(asked.dataset))
     splits = by_hand.splits_of(asked, name, store) or sorted_splits(store.manifest["splits"])
-    protocols = [PROTOCOLS[each] for each in asked.protocols or chosen.evaluate.protocols]
+    protocols = [PROTOCOLS[each] for each in asked.protocols] or suited(chosen.evaluate.protocols, store.is_generalised)
     folder = model_folder(asked.model)
     model, described = load_model(folder)
     by_hand.check_fit(model, described.info, asked.model, store, asked.dataset, splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from pipelines import inputs
+from pipelines import inputs, paths
 from ris_core.options import digest
 
 COMMIT = "RIS_GIT_COMMIT"
@@ -16,7 +16,7 @@ MADE = ("--", ":/", ":(top,exclude)results", ":(top,exclude)dvc.lock")
 def run_name(stage: str, system: str, dataset: str, *decisive: object) -> str:
     """Give `<stage>-<system>-<dataset>-<fingerprint>`: same values and code resume the same run, changed ones start afresh."""
     code = inputs.digest_of(inputs.code_of(stage, system))
-    return f"{stage}-{system}-{dataset}-{digest([*decisive, code])}".replace("+", "p")
+    return paths.plain(f"{stage}-{system}-{dataset}-{digest([*decisive, code])}")
 
 
 def served_code(system: str) -> str:

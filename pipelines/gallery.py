@@ -13,12 +13,14 @@ from PIL import Image
 
 from ris_core.data.dataset import ShardStore
 from ris_core.data.images import load_image
+from ris_core.data.text import NONE, SEVERAL
 from ris_core.evaluation.figures import captioned, grid, heat, overlay
+from ris_core.evaluation.metrics import iou
 from ris_core.models.answer import resized
 from ris_core.options import Plain
 from ris_core.predictor import Prediction, RISPredictor
 
-KINDS = ("attribute", "size", "location", "order", "relation")
+KINDS = ("attribute", "size", "location", "order", "relation", SEVERAL, NONE)
 PER_KIND = 2
 SHOWN_SIDE = 320  # pixels to which small pictures are enlarged
 
@@ -79,18 +81,17 @@ def side_by_side(
     return [grid(list(panel), columns=len(columns)) for panel in zip(*columns, strict=True)]
 
 
-def choose(table: pa.Table) -> list[Plain]:
+def choose(table: pa.Table, empty_union: float = 0.0) -> list[Plain]:
     """Pick rows to show: per kind of expression a typical hit (the upper quartile's IoU) and the most confident misses.
 
-    A hit is not the very best answer, which flatters; a miss is one the model was sure of, which teaches.
+    A hit is not the very best answer, which flatters; a miss is one the model was sure of, which teaches. `empty_union` is
+    the protocol's.
     """
     chosen = []
+    values = iou(table["intersection"].to_numpy(), table["union"].to_numpy(), empty_union).tolist()
+    scored = [{**row, "iou": value} for row, value in zip(table.to_pylist(), values, strict=True)]
     for kind in KINDS:
-        rows = [
-            {**row, "iou": row["intersection"] / max(1, row["union"])}
-            for row in table.to_pylist()
-            if row["kind"] == kind
-        ]
+        rows = [row for row in scored if row["kind"] == kind]
         hits = sorted((row for row in rows if row["iou"] >= 0.5), key=lambda row: (row["iou"], row["sent_id"]))
         misses = sorted((row for row in rows if row["iou"] < 0.1), key=lambda row: (-row["score"], row["sent_id"]))
         typical = hits[3 * len(hits) // 4 :][:PER_KIND]

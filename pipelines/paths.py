@@ -13,6 +13,14 @@ SQLITE = "sqlite:///"
 WAITING = Path("results/waiting.json")  # by `python -m benchmarks.waiting --record` alone: no two machines agree on it
 
 
+def plain(name: str) -> str:
+    """Give the name of a run or a model without characters that URLs, filters and stores would need quoted.
+
+    ris-cris-shapes+ is ris-cris-shapesp, and ris-cris-shapes* is ris-cris-shapesstar.
+    """
+    return name.replace("+", "p").replace("*", "star")
+
+
 def watched(name: str) -> Path:
     """Locate the values that decide a stage's result; the names are those of `pipelines.inputs.name`."""
     return WATCHED / f"{name}.json"

@@ -46,7 +46,7 @@ def main(
     for name, part in parts.items():
         answers = table if name == split else None
         gate.check_scores(answers, PROTOCOLS[protocol], part, f"{evaluation / 'metrics.json'}, {name}")
-    name = f"ris-{system}-{dataset}".replace("+", "p")
+    name = paths.plain(f"ris-{system}-{dataset}")
     tags = {**lineage.tags(system, model, info), "protocol": protocol, "split": split, "metric": metric}
     tags["score"] = f"{parts[split][metric]:.5f}"
     tags |= {f"{each}/{measure}": scored(part, measure) for each, part in parts.items() for measure in MEASURES}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ris_core.data.text import NONE
 from ris_core.evaluation.metrics import Protocol, bootstrap_intervals, by_group, generalised, scores, size_groups
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.options import Plain
@@ -45,7 +46,7 @@ def summaries(
 
 
 def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plain:
-    """Give all scores of one split: ours with intervals, the random-object baseline, and slices by kind and by size."""
+    """Give all scores of one split: ours with intervals, a random object's, and slices by kind and, of what is there, by size."""
     unanswered = table.num_rows - int(table["found"].to_numpy().sum())
     table = counted(table, protocol)
     column = {name: table[name].to_numpy() for name in table.column_names if name not in ("text", "kind", "split")}
@@ -59,10 +60,12 @@ def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plai
         params.seed,
         empty_union=protocol.empty_union,
     )
-    sizes, bounds = size_groups(column["object_share"])
+    kinds = np.array(table["kind"].to_pylist(), object)
+    sized = kinds != NONE
+    sizes, bounds = size_groups(column["object_share"][sized])
 
-    def groups(names: list[str]) -> dict[str, dict[str, float]]:
-        found = by_group(names, intersection, union, protocol.strict, protocol.empty_union)
+    def groups(names: Sequence[str], of: np.ndarray) -> dict[str, dict[str, float]]:
+        found = by_group(names, intersection[of], union[of], protocol.strict, protocol.empty_union)
         return {name: {key: part[key] for key in ("count", "mIoU", "oIoU")} for name, part in found.items()}
 
     found = rounded(
@@ -78,8 +81,8 @@ def summary(table: pa.Table, protocol: Protocol, params: EvaluateParams) -> Plai
                 "mIoU": float(column["random_iou"].mean()),
                 "oIoU": float(column["random_intersection"].sum() / column["random_union"].sum()),
             },
-            "by_kind": groups(table["kind"].to_pylist()),
-            "by_size": {"bounds": list(bounds), **groups(sizes)},
+            "by_kind": groups(kinds.tolist(), np.full(len(kinds), True)),
+            "by_size": {"bounds": list(bounds), **groups(sizes, sized)},
         }
     )
     assert isinstance(found, dict)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ class ShardStore:
         self.splits = list(known)
         self.ref_image, self.ref_position = np.concatenate(images), np.concatenate(positions)
         self.ref_split = np.concatenate(splits)
+
+    @cached_property
+    def is_generalised(self) -> bool:
+        """Tell whether some referent has none or several annotations, see `ris_core.data.refer.generalised`."""
+        columns = (self._column(shard, "refs").flatten().field("ann_id") for shard in range(len(self._ends)))
+        return any(len(column) > 0 and column.to_numpy().min() < 0 for column in columns)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -26,6 +26,8 @@ PAD_ID = 0
 MOST_WORDS = 100_000  # whose byte pairs are remembered; the vocabulary of all expressions of RefCOCO is a tenth of it
 
 ExpressionKind = Literal["attribute", "location", "order", "relation", "size"]
+# What stands in place of it where an expression does not mean exactly one object: there, how many they are is what is hard.
+SEVERAL, NONE = "several", "none"
 
 
 class _Words(dict[str, str]):

@@ -68,6 +68,7 @@ def behaviour(
         original; `agree`, the share above 0.5; `iou_unswapped`, the control with the text as it was (low if sides are
         understood). `iou_plain` of `cases_plain`: expressions without a side, mirrored image, same text. Cases are the
         distinct expressions of an image.
+        In generalised data, those about none or several objects too; the other tests ask about single ones.
     swap: two attribute sentences about two objects of one image that differ in one word. `iou` of the two masks;
         `moved`, the share below 0.5; `followed`, the share where each mask has the larger IoU with its own object.
     absent: per image, an attribute sentence about an object of another image that names a category this image has none
@@ -86,7 +87,7 @@ def behaviour(
     found = _Cases()
     for image in map(int, np.sort(random.choice(known, min(images, len(known)), replace=False))):
         row, expressions = store.row(image), _expressions(store, image, split)
-        own = [expression for expression in expressions if expression_kind(expression.text) == "attribute"]
+        own = [each for each in expressions if each.ann_id >= 0 and expression_kind(each.text) == "attribute"]
         texts = list(dict.fromkeys(expression.text for expression in expressions))
         stranger = strangers.draw(row, texts, random) if own else None
         rgb = load_image(image_root / row["file_name"])
@@ -140,12 +141,13 @@ class Strangers:
 
 
 def _attribute_sentences(store: ShardStore, split: str) -> Iterator[tuple[int, str, str]]:
-    """List (ref_id, category, text) of each in the split."""
+    """List (ref_id, category, text) of each in the split that is about one object."""
     for image in store.images_of(split):
         row = store.row(int(image))
         categories = {item["ann_id"]: item["category"] for item in row["instances"]}
         for ref in row["refs"]:
-            texts = [s["sent"] for s in ref["sentences"] if ref["split"] == split]
+            counts = ref["split"] == split and ref["ann_id"] >= 0
+            texts = [s["sent"] for s in ref["sentences"] if counts]
             yield from (
                 (ref["ref_id"], categories[ref["ann_id"]], t) for t in texts if expression_kind(t) == "attribute"
             )

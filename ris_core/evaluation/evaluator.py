@@ -15,7 +15,7 @@ import torch
 
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
-from ris_core.data.text import expression_kind
+from ris_core.data.text import NONE, SEVERAL, expression_kind
 from ris_core.evaluation.answers import Answerer, Answers, pairwise_overlap
 from ris_core.evaluation.metrics import Protocol
 from ris_core.evaluation.queries import Query, by_images
@@ -59,7 +59,8 @@ def evaluate(
     `area` is the answer's in pixels, `object_share` the true object's share of the image, `found` whether there was
     anything to choose from. `with_objects` also compares each answer with every annotated object of its image (is the
     best-covered one the right one?) and adds the expectation of picking one of these objects at random; without it
-    these columns are null.
+    these columns are null. `kind` is `several` or `none` where not exactly one object is meant. The target of a referent
+    that has not exactly one is no object that other answers are compared with.
     """
     rows: list[dict[str, Any]] = []
     for group in by_images(queries, images_per_batch):
@@ -94,19 +95,24 @@ def _score_image(
     ann_ids = [o["ann_id"] for o in objects]
     common = {"image_id": row["image_id"], "split": split, "found": answers.found}
     pixels = truth[0].numel()
-    return [
-        {**common, **_row(query, i, ann_ids.index(query.ann_id), pixels, values, with_objects)}
-        for i, query in enumerate(queries)
-    ]
+    real = np.array([number >= 0 for number in ann_ids])
+    found = []
+    for i, query in enumerate(queries):
+        own = ann_ids.index(query.ann_id)
+        kind = expression_kind(query.text) if real[own] else SEVERAL if objects[own]["area"] else NONE
+        found.append({**common, "kind": kind, **_row(query, i, own, pixels, values, real, with_objects)})
+    return found
 
 
-def _row(query: Query, i: int, own: int, pixels: int, values: list[np.ndarray], with_objects: bool) -> dict[str, Any]:
+def _row(
+    query: Query, i: int, own: int, pixels: int, values: list[np.ndarray], real: np.ndarray, with_objects: bool
+) -> dict[str, Any]:
+    """Give the row of one query; `real`, bool (M,), tells which of the masks compared are objects, and no targets."""
     overlap, covered, area, score, among, together = values
     result = {
         "ref_id": query.ref_id,
         "sent_id": query.sent_id,
         "text": query.text,
-        "kind": expression_kind(query.text),
         "intersection": int(overlap[i, own]),
         "union": int(covered[i, own]),
         "area": int(area[i]),
@@ -114,8 +120,12 @@ def _row(query: Query, i: int, own: int, pixels: int, values: list[np.ndarray], 
         "score": float(score[i]),
     }
     if with_objects:
-        result["right_object"] = bool(overlap[i].any() and np.argmax(overlap[i] / np.maximum(covered[i], 1)) == own)
-        result["random_intersection"] = float(among[own].mean())
-        result["random_union"] = float(together[own].mean())
-        result["random_iou"] = float((among[own] / np.maximum(together[own], 1)).mean())
+        rivals = real | (np.arange(len(real)) == own)
+        cover = np.where(rivals, overlap[i] / np.maximum(covered[i], 1), 0)
+        result["right_object"] = bool(cover.any() and np.argmax(cover) == own)
+        # Where no object is annotated there is none to pick: the answer is empty then.
+        shared, joint = (among[own, real], together[own, real]) if real.any() else (np.zeros(1), among[[own], own])
+        result["random_intersection"] = float(shared.mean())
+        result["random_union"] = float(joint.mean())
+        result["random_iou"] = float((shared / np.maximum(joint, 1)).mean())
     return result

@@ -11,7 +11,7 @@ import torch
 
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
-from ris_core.data.text import expression_kind
+from ris_core.data.text import NONE, SEVERAL, expression_kind
 from ris_core.evaluation.answers import Answerer, Answers
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import Protocol
@@ -94,9 +94,12 @@ def tables(
 def _as_asked(table: pa.Table, queries: Sequence[Query], given: Mapping[Key, Finished]) -> pa.Table:
     """Put into rows the texts that a protocol reads, and which expressions had anything to choose from."""
     texts = [query.text for query in queries]
+    kinds = table["kind"].to_pylist()
     columns = {
         "text": texts,
-        "kind": [expression_kind(text) for text in texts],
+        "kind": [
+            kind if kind in (SEVERAL, NONE) else expression_kind(text) for kind, text in zip(kinds, texts, strict=True)
+        ],
         "found": [given[query.ref_id, query.sent_id].counts is not None for query in queries],
     }
     for name, values in columns.items():

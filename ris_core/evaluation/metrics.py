@@ -73,6 +73,16 @@ PROTOCOLS = {
 }
 
 
+def suited(names: Sequence[str], generalised: bool) -> list[Protocol]:
+    """Give the protocols of these names; before them `grefcoco`, unless one like it is named, where data is generalised.
+
+    There, all others count the right answer to what means nothing as wrong, so that none of them may decide by itself.
+    """
+    named = [PROTOCOLS[name] for name in names]
+    lacking = generalised and not any(protocol.is_generalised for protocol in named)
+    return [PROTOCOLS["grefcoco"], *named] if lacking else named
+
+
 def iou(intersection: np.ndarray, union: np.ndarray, empty_union: float = 0.0) -> np.ndarray:
     """Give the IoU per expression, float64; an empty union (nothing there, nothing predicted) counts as `empty_union`."""
     return np.where(union > 0, intersection / np.maximum(union, 1), empty_union)

@@ -13,7 +13,7 @@ from ris_core.data.dataset import BatchPlan, ShardStore, TrainingBatches
 from ris_core.errors import ConfigError, WeightsError, list_problems
 from ris_core.evaluation.answers import MapAnswers
 from ris_core.evaluation.evaluator import evaluate
-from ris_core.evaluation.metrics import PROTOCOLS, iou
+from ris_core.evaluation.metrics import iou, suited
 from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import load_saved_clip
 from ris_core.models.contract import MapSystem, SystemConfig
@@ -94,7 +94,7 @@ def make_trainer(model: MapSystem, params: TrainParams, store: ShardStore, runti
 
 def make_validation(store: ShardStore, params: TrainParams, runtime: Runtime) -> Validate:
     """Give what scores the validation split, each image on exactly one rank, summed before any division."""
-    protocol = PROTOCOLS[params.validate_protocol]
+    protocol = suited([params.validate_protocol], store.is_generalised)[0]
     images = store.images_of(params.validate_split)[: params.validate_images]
     queries = queries_of(store, params.validate_split, protocol, images[runtime.rank :: runtime.world].tolist())
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -253,7 +254,7 @@ def plan() -> dict[str, dict[str, Any]]:
     found = {}
     for name, item in expanded().items():
         stage = stages()[name.split("@")[0]]
-        found[fill(stage["cmd"], item)] = {
+        found[" ".join(shlex.split(fill(stage["cmd"], item)))] = {
             "name": name,
             "data": [fill(dep, item) for dep in stage["deps"] if dep not in code_of(stage)],
             "outs": [fill(path, item) for path, _ in outputs(stage)],
@@ -444,6 +445,38 @@ def test_dvc_reruns_what_a_change_touches_and_no_more(tmp_path: Path, monkeypatc
             wrong[change.what] = {"needlessly": sorted(ran - expected), "not": sorted(expected - ran)}
     assert wrong == {}
     assert '"value"' in copy.dvc("metrics", "show", "--json")
+
+
+def test_a_name_that_is_a_pattern_is_a_name_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`shapes*` through DVC's matrix, outputs, cache and the shell, where it could be files that are there."""
+    star = "shapes*"
+    small = {"datasets": [star], "synthetic_datasets": [star], "captions": star, "systems": ["cris"], "clips": ["rn"]}
+    copy = Copy(tmp_path)
+    for key, value in small.items():
+        monkeypatch.setitem(params(), key, value)
+        copy.set(key, value)
+    (tmp_path / "plan.json").write_text(json.dumps(plan()))
+    (tmp_path / "shapesque.txt").write_text("what a shell would make of it")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]))
+    assert copy.repro(code=True) == set(expanded())
+    assert copy.repro() == set()
+    made = [Path(place) for name, item in expanded().items() if star in name for place in outs_of(name, item)]
+    contents = {place: sorted(file.name for file in place.rglob("*")) for place in made}
+    assert all(place.exists() for place in made)
+    for place in made:
+        if place.parts[0] in ("data", "models"):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    copy.dvc("checkout", f"prepare@{star}")
+    assert Path(f"data/records/{star}.parquet").exists()
+    assert not Path(f"data/shards/{star}").exists()
+    copy.dvc("checkout")
+    assert {place: sorted(file.name for file in place.rglob("*")) for place in made} == contents
+    assert json.loads(copy.dvc("status", "--json")) == {}
+
+
+def outs_of(name: str, item: dict[str, str]) -> list[str]:
+    return [fill(path, item) for path, _ in outputs(stages()[name.split("@")[0]])]
 
 
 def test_parameters_are_shown_and_compared_by_dvc(tmp_path: Path) -> None:

@@ -75,11 +75,6 @@ class DatasetName:
         )
 
     @property
-    def file_safe(self) -> str:
-        """Give the name without characters that shells, URLs and DVC would need quoted: refcoco+_unc is refcocop_unc."""
-        return self.name.replace("+", "p")
-
-    @property
     def is_mixed(self) -> bool:
         """Tell whether it is made of several datasets, see `ris_core.data.own.mixed`."""
         return self.split_by == MIXED

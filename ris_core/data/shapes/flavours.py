@@ -25,9 +25,10 @@ from ris_core.data.shapes.expressions import (
     solve,
 )
 from ris_core.data.shapes.scenes import ROUND, SHAPES, Scene
-from ris_core.data.shapes.several import NONE, SEVERAL, SHARES, Several, meaning, propose_none, propose_several
+from ris_core.data.shapes.several import SHARES, Several, meaning, propose_none, propose_several
 from ris_core.data.shapes.several_words import phrase_none, phrase_several
 from ris_core.data.shapes.wording import clean, long_phrase, phrase, typed
+from ris_core.data.text import NONE, SEVERAL
 
 LONG_WORDS = (8, 15)  # least and most words of a long expression
 # The shapes of a split's refs; those of the other splits are any.

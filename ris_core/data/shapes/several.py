@@ -28,8 +28,8 @@ from ris_core.data.shapes.expressions import (
     solve,
 )
 from ris_core.data.shapes.scenes import COLOURS, SHAPES, Scene
+from ris_core.data.text import NONE, SEVERAL
 
-SEVERAL, NONE = "several", "none"  # kinds of expressions
 # Of the expressions of gRefCOCO 80,022 of 278,232 mean several objects, 32,202 none (Liu, Ding and Jiang, CVPR 2023).
 SHARES = {SEVERAL: 80_022 / 278_232, NONE: 32_202 / 278_232}
 

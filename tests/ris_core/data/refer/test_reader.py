@@ -17,21 +17,22 @@ UNC = DatasetName.parse("refcoco_unc")
 
 
 @pytest.mark.parametrize(
-    ("name", "refs_file", "splits", "file_safe"),
+    ("name", "refs_file", "splits"),
     [
-        ("refcoco_unc", "refcoco/refs(unc).p", "train val testA testB", "refcoco_unc"),
-        ("refcoco_google", "refcoco/refs(google).p", "train val test", "refcoco_google"),
-        ("refcoco+_unc", "refcoco+/refs(unc).p", "train val testA testB", "refcocop_unc"),
-        ("refcocog_umd", "refcocog/refs(umd).p", "train val test", "refcocog_umd"),
-        ("refcocog_google", "refcocog/refs(google).p", "train val", "refcocog_google"),
-        ("shapes", "shapes/refs(unc).p", "train val testA testB", "shapes"),
-        ("shapes+", "shapes+/refs(unc).p", "train val testA testB", "shapesp"),
-        ("shapesg", "shapesg/refs(umd).p", "train val test", "shapesg"),
+        ("refcoco_unc", "refcoco/refs(unc).p", "train val testA testB"),
+        ("refcoco_google", "refcoco/refs(google).p", "train val test"),
+        ("refcoco+_unc", "refcoco+/refs(unc).p", "train val testA testB"),
+        ("refcocog_umd", "refcocog/refs(umd).p", "train val test"),
+        ("refcocog_google", "refcocog/refs(google).p", "train val"),
+        ("shapes", "shapes/refs(unc).p", "train val testA testB"),
+        ("shapes+", "shapes+/refs(unc).p", "train val testA testB"),
+        ("shapesg", "shapesg/refs(umd).p", "train val test"),
+        ("shapes*", "shapes*/grefs(unc).p", "train val testA testB"),
     ],
 )
-def test_dataset_names(name: str, refs_file: str, splits: str, file_safe: str) -> None:
+def test_dataset_names(name: str, refs_file: str, splits: str) -> None:
     dataset = DatasetName.parse(name)
-    assert (dataset.refs_file, " ".join(dataset.splits), dataset.file_safe) == (refs_file, splits, file_safe)
+    assert (dataset.refs_file, " ".join(dataset.splits)) == (refs_file, splits)
     assert dataset.check_split("val") == "val"
 
 
@@ -39,7 +40,7 @@ def test_dataset_names(name: str, refs_file: str, splits: str, file_safe: str) -
 def test_unknown_datasets_are_refused_with_the_valid_names(name: str) -> None:
     with pytest.raises(DataError, match=re.escape(f"no dataset '{name}'")) as caught:
         DatasetName.parse(name)
-    assert "refcocog_umd, refcocog_google, grefcoco_unc, shapes, shapes+, shapesg" in str(caught.value)
+    assert "refcocog_umd, refcocog_google, grefcoco_unc, shapes, shapes+, shapesg, shapes*" in str(caught.value)
     if name == "refcocog_unc":
         assert "did you mean refcocog_umd or refcocog_google?" in str(caught.value)
 

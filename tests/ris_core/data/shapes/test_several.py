@@ -12,9 +12,10 @@ import pytest
 from ris_core.data.shapes.expressions import Noun, Program, Relation, Side
 from ris_core.data.shapes.flavours import ARTICLES, FLAVOURS, Expression, describe, describe_sets
 from ris_core.data.shapes.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene, settle
-from ris_core.data.shapes.several import NONE, SEVERAL, SHARES, Several, meaning
+from ris_core.data.shapes.several import SHARES, Several, meaning
 from ris_core.data.shapes.several_words import NUMBERS, PLURALS, phrase_none, phrase_several
 from ris_core.data.shapes.wording import SYNONYMS
+from ris_core.data.text import NONE, SEVERAL
 
 CANVAS = 160
 Described = list[tuple[Scene, list[Expression], list[tuple[tuple[int, ...], list[Expression]]]]]
