@@ -78,7 +78,8 @@ def check_fit(
 ) -> None:
     """Raise WeightsError, with all that is in the way and what to run, unless a model can be asked about a dataset."""
     problems = []
-    preprocess = f"and run `ris preprocess --dataset {shlex.quote(dataset)}` (the models trained on these shards then need the old ones)"
+    command = f"ris preprocess --dataset {shlex.quote(dataset)}"
+    preprocess = f"and run `{command}` (the models trained on these shards then need the old ones)"
     for name, wanted, there in (
         ("image_size", info.image_size, store.image_size),
         ("resample", info.resample, store.resample),

@@ -39,17 +39,19 @@ def model_card(name: str, system: str, dataset: str, facts: Plain, tags: Plain, 
     """
     notice = system_class(system).notice
     synthetic = dataset.startswith("shapes")
+    generalised = "N_acc" in facts["metrics"].get(tags["split"], {})
+    what = "all objects, or none," if generalised else "the object"
     parts = [
         f"# {name}",
-        f"{TITLES.get(system, system)}: given a picture and an expression, the mask of the object that it refers to.",
+        f"{TITLES.get(system, system)}: given a picture and an expression, the mask of {what} that it refers to.",
         "## Intended use",
-        "Referring image segmentation of one object by an English expression"
+        f"Referring image segmentation of {'any number of objects' if generalised else 'one object'} by an English expression"
         + (
             ", on drawings of coloured shapes as in the embedded dataset: a demonstration, which knows no photos."
             if synthetic
             else f", on photos as {dataset} has them."
         ),
-        "Not for expressions that may refer to nothing: it always answers, see below. Not for decisions about people.",
+        f"{_about_nothing(facts['metrics'].get(tags['split'], {}))} Not for decisions about people.",
         "## Scores",
         f"Protocol `{tags['protocol']}`; in brackets 95 % intervals over images. mIoU is the mean over expressions, oIoU the sum "
         "of intersections over the sum of unions.",
@@ -67,6 +69,16 @@ def model_card(name: str, system: str, dataset: str, facts: Plain, tags: Plain, 
         "own licence (OpenAI's: MIT).",
     ]
     return "\n\n".join(([notice] if notice else []) + [part for part in parts if part]) + "\n"
+
+
+def _about_nothing(part: Plain) -> str:
+    """Tell what comes of expressions that refer to nothing, where that was scored."""
+    if "N_acc" not in part:
+        return "Not for expressions that may refer to nothing: it always answers, see below."
+    return (
+        f"Of expressions that refer to nothing {part['N_acc']:.0%} are answered with an empty mask (N-acc.), of others "
+        f"{1 - part['T_acc']:.0%} are, wrongly."
+    )
 
 
 def shortened(card: str) -> str:

@@ -99,7 +99,7 @@ def _score_image(
     found = []
     for i, query in enumerate(queries):
         own = ann_ids.index(query.ann_id)
-        kind = expression_kind(query.text) if real[own] else SEVERAL if objects[own]["area"] else NONE
+        kind = expression_kind(query.text) if real[own] else SEVERAL if decoded[own].any() else NONE
         found.append({**common, "kind": kind, **_row(query, i, own, pixels, values, real, with_objects)})
     return found
 

@@ -232,6 +232,7 @@ def test_all_missing_tables_are_told_at_once(two_systems: Workplace) -> None:
 
 
 def test_without_any_table_the_command_says_what_to_run(workplace: Workplace) -> None:
+    workplace.link("shards")
     done = workplace.stage("compare", "--dataset", DATASET)
     assert done.returncode == 1
     assert "cris: no data/expressions/cris-shapes/ours-*.parquet" in done.stderr
