@@ -144,7 +144,8 @@ def bootstrap_intervals(
     """Give percentile bootstrap intervals of mIoU and oIoU, resampling whole images.
 
     Expressions about one image share its difficulty, so they are not independent; resampling images rather than
-    expressions keeps the interval honest (cluster bootstrap; Davison and Hinkley 1997, section 3.8).
+    expressions keeps the interval honest (cluster bootstrap; Davison and Hinkley 1997, section 3.8). `empty_union` is the
+    IoU of an expression where nothing is there and nothing was marked.
     """
     means = _resampled(intersection, union, image_ids, samples, seed, empty_union)
     return {name: _percentiles(values, level) for name, values in means.items()}
@@ -165,7 +166,7 @@ def paired_bootstrap(
 
     Each resample draws the same images for both, so that what makes an image hard for both cancels out. The p value is
     twice the smaller share of resampled differences that lie at zero or on one side of it, plus one in count and
-    samples (so never 0; Davison and Hinkley 1997, section 4.2), at most 1.
+    samples (so never 0; Davison and Hinkley 1997, section 4.2), at most 1. `empty_union` is as in `bootstrap_intervals`.
     """
     first, second = (
         _resampled(intersection, union, image_ids, samples, seed, empty_union)

@@ -80,7 +80,7 @@ def _json_lines(text: str, path: Path) -> list[tuple[str, Row]]:
 def _parquet(content: bytes, path: Path) -> list[Row]:
     try:
         return list(pq.read_table(pa.BufferReader(content)).to_pylist())
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a whole Parquet file ({error})") from None
 
 
