@@ -19,9 +19,10 @@ from benchmarks.models import case, gflop, synchronise
 from benchmarks.samples import EXPRESSIONS, HEIGHT, OBJECTS, SPLIT, WIDTH, write_store
 from ris_core.data.dataset import ShardStore
 from ris_core.data.letterbox import unletterbox
-from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
+from ris_core.evaluation.answers import MapAnswers
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, bootstrap_intervals, scores
+from ris_core.evaluation.overlap import packed, pairwise_overlap
 from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import normalise
 
@@ -100,9 +101,9 @@ def measure_model(name: str, device: str, threads: int) -> Found:
         "shared": shared,
         "repeated": repeated,
         "one_by_one": one_by_one,
-        "evaluate": lambda: evaluate(answer, store, queries, protocol, split=SPLIT, images_per_batch=IMAGES[name]),
+        "evaluate": lambda: evaluate(answer, store, queries, protocol, split=SPLIT),
         "unletterbox": lambda: [unletterbox(maps, HEIGHT, WIDTH, chosen.image_size) for _ in range(IMAGES[name])],
-        "overlap": lambda: [pairwise_overlap(full > 0.5, masks) for _ in range(IMAGES[name])],
+        "overlap": lambda: [pairwise_overlap(packed(full > 0.5), packed(masks)) for _ in range(IMAGES[name])],
     }
     with torch.inference_mode():
         work = gflop(shared), gflop(repeated)
@@ -151,7 +152,7 @@ def measure_meter(threads: int) -> dict[str, float]:
     functions = {
         "scores": lambda: scores(intersection, union),
         "bootstrap": lambda: bootstrap_intervals(intersection[some], union[some], image_ids, BOOTSTRAP_SAMPLES, 0),
-        "overlap": lambda: pairwise_overlap(predicted, truth),
+        "overlap": lambda: pairwise_overlap(packed(predicted), packed(truth)),
         "copy": lambda: (predicted.float(), truth.float()),
     }
     return {name: timing.cpu for name, timing in best_of(functions, 5).items()}

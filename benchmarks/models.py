@@ -18,9 +18,9 @@ from pipelines.paths import PARAMS
 from ris_core.config import load_params
 from ris_core.data.dataset import ShardStore
 from ris_core.data.letterbox import letterbox_mask
-from ris_core.evaluation.answers import Answers, MapAnswers
+from ris_core.evaluation.answers import Answerer, Answers, MapAnswers
 from ris_core.evaluation.metrics import Protocol
-from ris_core.evaluation.queries import Query
+from ris_core.evaluation.queries import Query, of_images
 from ris_core.models import registry
 from ris_core.models.clip import Architecture, load_clip
 from ris_core.models.contract import MapSystem, SystemConfig
@@ -162,7 +162,7 @@ class OracleLTS(LTS):
 
 
 @dataclass(frozen=True)
-class OracleAnswers:
+class OracleAnswers(Answerer):
     """An oracle's answers: of each expression it is told where the true mask is. Fields as of `MapAnswers`."""
 
     model: OracleLTS
@@ -170,8 +170,15 @@ class OracleAnswers:
     method: Literal["segment", "locate"] = "segment"
 
     def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
-        self.model.priors = true_priors(self.model, store, queries)
-        return MapAnswers(self.model, self.word_len, self.method)(store, queries, protocol)
+        return {image: self._of_image(store, asked, protocol) for image, asked in of_images(queries).items()}
+
+    def _of_image(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> Answers:
+        """One by one: two that are asked with the same words need not mean the same object."""
+        told = []
+        for query in queries:
+            self.model.priors = true_priors(self.model, store, [query])
+            told.append(MapAnswers(self.model, self.word_len, self.method)(store, [query], protocol)[query.image])
+        return Answers(torch.cat([each.masks for each in told]), torch.cat([each.scores for each in told]))
 
 
 def true_priors(model: LTS, store: ShardStore, queries: Sequence[Query]) -> torch.Tensor:

@@ -32,7 +32,7 @@ from benchmarks.memory import status, watched
 from benchmarks.models import case
 from benchmarks.samples import SPLIT, write_images
 from pipelines import cluster
-from pipelines.evaluate import PIECE, Scorer, job_queries
+from pipelines.evaluate import Scorer, job_queries, pieces
 from pipelines.paths import PARAMS
 from pipelines.preprocess import build
 from pipelines.transport import Place
@@ -272,16 +272,16 @@ def evaluate(base: Path, place: Path) -> Figures:
 
     torch.set_num_threads(1)
     places = {"model": Place(str(base / MODEL)), "shards": Place(str(place / SHARDS))}
-    scorer = Scorer(places, images_per_batch=8, precision="fp32")
+    scorer = Scorer(places, expressions_per_batch=64, precision="fp32")
     job = {"job": "ours/val", "protocol": "ours", "split": "val", "seed": 0}
     anonymous = status(os.getpid()).anonymous
     listed, queries = timed(lambda: job_queries(scorer.store, job))
     anonymous = status(os.getpid()).anonymous - anonymous
     count = len(queries)
     del queries
-    starts = {piece * count // PIECES for piece in range(PIECES)}
-    pieces = [{**job, "first": first, "last": min(first + PIECE, count)} for first in starts]
-    scored, tables = timed(lambda: [scorer(pa.Table.from_pylist([piece])) for piece in pieces])
+    tasks = list(pieces(scorer.store, [job]))
+    chosen = [tasks[place] for place in sorted({number * len(tasks) // PIECES for number in range(PIECES)})]
+    scored, tables = timed(lambda: [scorer(pa.Table.from_pylist([piece])) for piece in chosen])
     return {
         "queries_s": listed,
         "queries_memory": anonymous / count,

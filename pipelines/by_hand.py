@@ -20,7 +20,7 @@ from ris_core.data.proposal_store import ProposalStore
 from ris_core.data.refer.reader import DatasetName
 from ris_core.data.shards import MANIFEST
 from ris_core.errors import ConfigError, DataError, WeightsError, list_problems
-from ris_core.evaluation.evaluator import TABLE_SCHEMA
+from ris_core.evaluation.evaluator import COUNTS, TABLE_SCHEMA
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol
 from ris_core.evaluation.params import EvaluateParams
 from ris_core.evaluation.predictions import entry_of, write_predictions
@@ -28,7 +28,6 @@ from ris_core.models.contract import MapSystem, System
 from ris_core.models.registry import Description, ModelInfo
 from ris_core.options import Plain
 
-COUNTS = "counts"  # a column that tables have beside TABLE_SCHEMA where masks are kept: their run lengths
 PREDICTIONS = "predictions"
 
 

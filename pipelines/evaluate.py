@@ -9,11 +9,15 @@ python -m pipelines.evaluate --model models:/ris-cris-shapes@champion --dataset 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -34,11 +38,10 @@ from ris_core.errors import WeightsError
 from ris_core.evaluation.answers import Answerer, BestProposals, MapAnswers, ProposalAnswers
 from ris_core.evaluation.behaviour import behaviour
 from ris_core.evaluation.cost import cost
-from ris_core.evaluation.evaluator import evaluate
-from ris_core.evaluation.finished import KeptAnswers
+from ris_core.evaluation.evaluator import Job, evaluate_all
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, suited
 from ris_core.evaluation.params import EvaluateParams
-from ris_core.evaluation.queries import Query, queries_of, shuffled, swapped
+from ris_core.evaluation.queries import Query, batched, queries_of, shuffled, swapped
 from ris_core.models.answer import Reading
 from ris_core.models.contract import MapSystem, ProposalSystem, System
 from ris_core.models.registry import ModelInfo, load_model, trains
@@ -46,7 +49,7 @@ from ris_core.options import Plain
 from ris_core.predictor import RISPredictor
 
 BEHAVIOUR_IMAGES = 40
-PIECE = 400  # expressions per task: seconds of work, so that actors stay evenly busy
+PIECE = 400  # expressions of all jobs per task: seconds of work, so that actors stay evenly busy
 
 
 def main(
@@ -196,14 +199,12 @@ def score(
 ) -> dict[str, pa.Table]:
     """Make per-expression tables (evaluator.TABLE_SCHEMA) of a model, one per job, rows in the order of the data.
 
-    With `keep_masks` they have the answers' masks, too, as run lengths in the column by_hand.COUNTS.
+    Jobs on the same split share what is computed of an image. With `keep_masks` tables have the answers' masks, too, as
+    run lengths in the column COUNTS.
     Raises ClusterError if a GPU is wanted and the cluster has none.
     """
     store = ShardStore(paths.shards(dataset))
-    pieces = []
-    for job in wanted:
-        count = len(job_queries(store, job))
-        pieces += [{**job, "first": first, "last": min(first + PIECE, count)} for first in range(0, count, PIECE)]
+    tasks = list(pieces(store, wanted))
     with cluster.connected():
         use_gpu = cluster.has_gpu(params.cluster.use_gpu)
         cluster.check_resources(1, 1, int(use_gpu))
@@ -220,12 +221,12 @@ def score(
             places["photos"] = road.offer(paths.raw(dataset), photos)
         data = cluster.data()
         actors = cluster.held(params.cluster.evaluate_actors, 1, int(use_gpu))
-        rows = data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+        rows = data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
             Scorer,
-            fn_constructor_args=(places, params.evaluate.images_per_batch, params.evaluate.precision, keep_masks),
+            fn_constructor_args=(places, params.evaluate.expressions_per_batch, params.evaluate.precision, keep_masks),
             batch_size=1,
             batch_format="pyarrow",
-            compute=data.ActorPoolStrategy(size=min(actors, len(pieces))),
+            compute=data.ActorPoolStrategy(size=min(actors, len(tasks))),
             num_cpus=1,
             num_gpus=1 if use_gpu else 0,
         )
@@ -241,21 +242,38 @@ def job_queries(store: ShardStore, job: Plain) -> list[Query]:
     return control(queries, job["seed"]) if control else queries
 
 
+def answerer_of(job: Plain) -> str:
+    """Name who is asked: BEST, LOCATED or ORACLE, by the end of a job's name; "" for all others."""
+    end = job["job"].rsplit("/")[-1]
+    return end if end in (BEST, LOCATED, ORACLE) else ""
+
+
+def pieces(store: ShardStore, wanted: list[Plain]) -> Iterator[Plain]:
+    """Cut jobs into tasks, each of them all jobs of one answerer on some images of a split."""
+    together: dict[tuple[str, str], list[Plain]] = {}
+    for job in wanted:
+        together.setdefault((job["split"], answerer_of(job)), []).append(job)
+    for jobs in together.values():
+        counts = Counter(query.image for job in jobs for query in job_queries(store, job))
+        for images in batched(dict(sorted(counts.items())), PIECE):
+            yield {"jobs": jobs, "first": images[0], "last": images[-1]}
+
+
 class Scorer:
     """A Ray Data actor: the model and the shards are opened once, then pieces of jobs come in, one at a time."""
 
-    def __init__(self, places: dict[str, Place], images_per_batch: int, precision: str, keep_masks: bool = False):
+    def __init__(self, places: dict[str, Place], expressions_per_batch: int, precision: str, keep_masks: bool = False):
         here = {name: place.local() for name, place in places.items()}
         model, described = load_model(here["model"], best_device())  # Ray shows it the GPU that it has, if any
         self.store = ShardStore(here["shards"])
-        self.images_per_batch, self.keep_masks = images_per_batch, keep_masks
-        self.answerers: dict[str, Answerer]  # by the end of a job's name; "" stands for all others
+        self.expressions_per_batch, self.keep_masks = expressions_per_batch, keep_masks
+        self.answerers: dict[str, Answerer]  # by `answerer_of`
         if isinstance(model, MapSystem):
             assert described.info.word_len is not None  # it is trained
             word_len = described.info.word_len
             self.answerers = {
-                "": MapAnswers(model, word_len, precision=precision),
-                LOCATED: MapAnswers(model, word_len, "locate", precision),
+                "": MapAnswers(model, word_len, "segment", precision, expressions_per_batch),
+                LOCATED: MapAnswers(model, word_len, "locate", precision, expressions_per_batch),
             }
         else:
             assert isinstance(model, ProposalSystem)
@@ -265,25 +283,30 @@ class Scorer:
                 BEST: BestProposals(proposals),
                 ORACLE: ProposalAnswers(model, photos),
             }
-        self.queries = lru_cache(8)(lambda job: job_queries(self.store, dict(job)))
+        self.queries = lru_cache(None)(lambda job: job_queries(self.store, dict(job)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (piece,) = batch.to_pylist()
-        first, last = piece.pop("first"), piece.pop("last")
-        answer = self.answerers.get(piece["job"].rsplit("/")[-1], self.answerers[""])
-        kept = KeptAnswers(answer)
-        table = evaluate(
-            kept if self.keep_masks else answer,
+        starts, asked = {}, []
+        for job in piece["jobs"]:
+            queries = self.queries(tuple(sorted(job.items())))
+            starts[job["job"]] = bisect_left(queries, piece["first"], key=lambda query: query.image)
+            end = bisect_right(queries, piece["last"], key=lambda query: query.image)
+            some = queries[starts[job["job"]] : end]
+            asked.append(Job(job["job"], PROTOCOLS[job["protocol"]], job["split"], some))
+        tables = evaluate_all(
+            self.answerers[answerer_of(piece["jobs"][0])],
             self.store,
-            self.queries(tuple(sorted(piece.items())))[first:last],
-            PROTOCOLS[piece["protocol"]],
-            split=piece["split"],
-            images_per_batch=self.images_per_batch,
+            asked,
+            expressions_per_batch=self.expressions_per_batch,
+            with_counts=self.keep_masks,
         )
-        if self.keep_masks:
-            table = table.append_column(by_hand.COUNTS, pa.array(kept.counts, pa.string()))
-        table = table.append_column("job", pa.array([piece["job"]] * len(table), pa.string()))
-        return table.append_column("position", pa.array(range(first, last), pa.int64()))
+        found = []
+        for name, table in tables.items():
+            positions = np.arange(len(table)) + starts[name]
+            table = table.append_column("job", pa.array([name] * len(table), pa.string()))
+            found.append(table.append_column("position", pa.array(positions, pa.int64())))
+        return pa.concat_tables(found)
 
 
 if __name__ == "__main__":

@@ -264,13 +264,14 @@ class ProposalPredictor(RISPredictor):
     def _answer(self, encoded: EncodedImage, expressions: Sequence[str], reading: Reading) -> list[Prediction]:
         assert encoded.proposals is not None
         scores = self.system.score(encoded.features, expressions).float()
-        choice = choose(torch.from_numpy(encoded.proposals).to(scores.device), scores)
+        proposals = torch.from_numpy(encoded.proposals).to(scores.device)
+        choice = choose(proposals, scores)
         return [
             Prediction(mask, float(share), mask * np.float32(share), relevance)
             for mask, share, relevance in zip(
                 resized(choice.masks, reading).cpu().numpy(),
                 choice.shares.cpu().numpy(),
-                smoothly_resized(choice.relevance, reading).cpu().numpy(),
+                smoothly_resized(choice.relevance(proposals), reading).cpu().numpy(),
                 strict=True,
             )
         ]

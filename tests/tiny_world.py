@@ -93,7 +93,7 @@ lts:
     {{backbone: clip, text: clip_words, freeze_token_embedding: true, fusion_dim: 16, dim: 16, head_dim: 16, aspp_rates: [2]}}
 global_local:
   model: {{short_side: 64, norm_stats: clip, fill: zero, box_mode: tight, noun_phrase: rules}}
-evaluate: {{bootstrap_samples: 50, images_per_batch: 4}}
+evaluate: {{bootstrap_samples: 50, expressions_per_batch: 20}}
 cluster: {{cpus_per_worker: 1, use_gpu: "no", max_failures: 0, evaluate_actors: 1}}
 """
 

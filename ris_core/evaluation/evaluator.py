@@ -7,6 +7,7 @@ recomputed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ import torch
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
 from ris_core.data.text import NONE, SEVERAL, expression_kind
-from ris_core.evaluation.answers import Answerer, Answers, pairwise_overlap
+from ris_core.evaluation.answers import Answerer, Answers
 from ris_core.evaluation.metrics import Protocol
-from ris_core.evaluation.queries import Query, by_images
-from ris_core.models.answer import resized
+from ris_core.evaluation.overlap import areas, packed, pairwise_overlap
+from ris_core.evaluation.params import EXPRESSIONS_PER_BATCH
+from ris_core.evaluation.queries import Query, batched, of_images
+from ris_core.models.answer import Reading, resized
 
+COUNTS = "counts"  # a column that tables have beside TABLE_SCHEMA where masks are kept: their run lengths
 TABLE_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -43,7 +47,16 @@ TABLE_SCHEMA = pa.schema(
 )
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Job:
+    """What is to be scored in one go: queries grouped by image, their images ascending, under a protocol."""
+
+    name: str
+    protocol: Protocol
+    split: str
+    queries: Sequence[Query]
+
+
 def evaluate(
     answer: Answerer,
     store: ShardStore,
@@ -51,81 +64,132 @@ def evaluate(
     protocol: Protocol,
     *,
     split: str,
-    images_per_batch: int = 8,
+    expressions_per_batch: int = EXPRESSIONS_PER_BATCH,
     with_objects: bool = True,
 ) -> pa.Table:
-    """Score the answers to `queries` (grouped by image) and return a table with `TABLE_SCHEMA`.
+    """Score the answers to `queries` under one protocol and return a table with `TABLE_SCHEMA`; see `evaluate_all`."""
+    job = Job("", protocol, split, queries)
+    return evaluate_all(answer, store, [job], expressions_per_batch=expressions_per_batch, with_objects=with_objects)[
+        ""
+    ]
+
+
+@torch.inference_mode()
+def evaluate_all(
+    answer: Answerer,
+    store: ShardStore,
+    jobs: Sequence[Job],
+    *,
+    expressions_per_batch: int = EXPRESSIONS_PER_BATCH,
+    with_objects: bool = True,
+    with_counts: bool = False,
+) -> dict[str, pa.Table]:
+    """Score the answers to several jobs and return for each, by name, a table with `TABLE_SCHEMA`, rows as its queries.
+
+    Each image is encoded once for all of them, and a sentence that several ask about it is answered once. The images of a
+    forward pass have together at most `expressions_per_batch` different sentences, or it is one image alone.
 
     `area` is the answer's in pixels, `object_share` the true object's share of the image, `found` whether there was
     anything to choose from. `with_objects` also compares each answer with every annotated object of its image (is the
     best-covered one the right one?) and adds the expectation of picking one of these objects at random; without it
     these columns are null. `kind` is `several` or `none` where not exactly one object is meant. The target of a referent
-    that has not exactly one is no object that other answers are compared with.
+    that has not exactly one is no object that other answers are compared with. `with_counts` adds the answers' masks, as
+    run lengths, in a column COUNTS.
     """
-    rows: list[dict[str, Any]] = []
-    for group in by_images(queries, images_per_batch):
-        for image, answers in answer(store, group, protocol).items():
-            asked = [query for query in group if query.image == image]
-            rows += _score_image(store, image, asked, answers, protocol, split, with_objects)
-    return pa.Table.from_pylist(rows, schema=TABLE_SCHEMA)
+    asked = [of_images(job.queries) for job in jobs]
+    schema = TABLE_SCHEMA.append(pa.field(COUNTS, pa.string())) if with_counts else TABLE_SCHEMA
+    found: list[dict[str, list[Any]]] = [{name: [] for name in schema.names} for _ in jobs]
+    texts: dict[int, set[str]] = {}
+    for image in sorted({image for each in asked for image in each}):
+        texts[image] = {query.text for each in asked for query in each.get(image, ())}
+    for images in batched({image: len(said) for image, said in texts.items()}, expressions_per_batch):
+        told = answer.about(store, [query for image in images for each in asked for query in each.get(image, ())])
+        for image in images:
+            meter = _Meter(store, image, with_objects)
+            for job, each, columns in zip(jobs, asked, found, strict=True):
+                if queries := each.get(image):
+                    answers = told(store, queries, job.protocol)[image]
+                    for name, values in meter.columns(queries, answers, job).items():
+                        columns[name] += values
+                    if with_counts:
+                        columns[COUNTS] += [masks.encode(mask) for mask in answers.masks.cpu().numpy()]
+    return {job.name: _table(columns, schema) for job, columns in zip(jobs, found, strict=True)}
 
 
-def _score_image(
-    store: ShardStore,
-    image: int,
-    queries: Sequence[Query],
-    answers: Answers,
-    protocol: Protocol,
-    split: str,
-    with_objects: bool,
-) -> list[dict[str, Any]]:
-    """Give the rows of one image."""
-    row = store.row(image)
-    wanted = {query.ann_id for query in queries}
-    objects = [o for o in row["instances"] if o["ann_id"] in wanted or (with_objects and not o["iscrowd"])]
-    decoded = np.stack([masks.decode(o["counts"], row["height"], row["width"]) for o in objects])
-    truth = resized(torch.from_numpy(decoded).to(answers.masks.device), protocol.reading)
-    given = answers.masks
-    if protocol.least_area:
-        given = given & (given.flatten(1).sum(1) >= protocol.least_area)[:, None, None]
-    overlap, covered = pairwise_overlap(given, truth)
-    among, together = pairwise_overlap(truth, truth)
-    area = given.flatten(1).sum(1)
-    values = [tensor.cpu().numpy() for tensor in (overlap, covered, area, answers.scores, among, together)]
-    ann_ids = [o["ann_id"] for o in objects]
-    common = {"image_id": row["image_id"], "split": split, "found": answers.found}
-    pixels = truth[0].numel()
-    real = np.array([number >= 0 for number in ann_ids])
-    found = []
-    for i, query in enumerate(queries):
-        own = ann_ids.index(query.ann_id)
-        kind = expression_kind(query.text) if real[own] else SEVERAL if decoded[own].any() else NONE
-        found.append({**common, "kind": kind, **_row(query, i, own, pixels, values, real, with_objects)})
-    return found
+def _table(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.Table:
+    """Make a table of columns; one that stayed empty beside others is null."""
+    count = len(columns["text"])
+    return pa.table({name: values or [None] * count for name, values in columns.items()}, schema=schema)
 
 
-def _row(
-    query: Query, i: int, own: int, pixels: int, values: list[np.ndarray], real: np.ndarray, with_objects: bool
-) -> dict[str, Any]:
-    """Give the row of one query; `real`, bool (M,), tells which of the masks compared are objects, and no targets."""
-    overlap, covered, area, score, among, together = values
-    result = {
-        "ref_id": query.ref_id,
-        "sent_id": query.sent_id,
-        "text": query.text,
-        "intersection": int(overlap[i, own]),
-        "union": int(covered[i, own]),
-        "area": int(area[i]),
-        "object_share": float(among[own, own] / pixels),
-        "score": float(score[i]),
-    }
-    if with_objects:
-        rivals = real | (np.arange(len(real)) == own)
-        cover = np.where(rivals, overlap[i] / np.maximum(covered[i], 1), 0)
-        result["right_object"] = bool(cover.any() and np.argmax(cover) == own)
-        # Where no object is annotated there is none to pick: the answer is empty then.
-        shared, joint = (among[own, real], together[own, real]) if real.any() else (np.zeros(1), among[[own], own])
-        result["random_intersection"] = float(shared.mean())
-        result["random_union"] = float(joint.mean())
-        result["random_iou"] = float((shared / np.maximum(joint, 1)).mean())
-    return result
+class _Meter:
+    """Compares answers about one image with what is annotated in it, which is decoded once for all protocols."""
+
+    def __init__(self, store: ShardStore, image: int, with_objects: bool):
+        self.row, self.with_objects = store.row(image), with_objects
+        self.counts = {o["ann_id"]: o["counts"] for o in self.row["instances"]}
+        self.packed: dict[tuple[int, str | int], np.ndarray] = {}
+
+    def columns(self, queries: Sequence[Query], answers: Answers, job: Job) -> dict[str, list[Any]]:
+        """Give the columns of `TABLE_SCHEMA` of a job's queries about the image."""
+        wanted = {query.ann_id for query in queries}
+        objects = [
+            o["ann_id"]
+            for o in self.row["instances"]
+            if o["ann_id"] in wanted or (self.with_objects and not o["iscrowd"])
+        ]
+        place = {ann_id: i for i, ann_id in enumerate(objects)}
+        truth = np.stack([self._truth(ann_id, job.protocol.reading) for ann_id in objects])
+        given = packed(answers.masks)
+        given[areas(given) < job.protocol.least_area] = 0
+        own = np.array([place[query.ann_id] for query in queries])
+        each = np.arange(len(queries))
+        overlap, covered = pairwise_overlap(given, truth)
+        result = {
+            "image_id": [self.row["image_id"]] * len(queries),
+            "ref_id": [query.ref_id for query in queries],
+            "sent_id": [query.sent_id for query in queries],
+            "split": [job.split] * len(queries),
+            "text": [query.text for query in queries],
+            "kind": [self._kind(query) for query in queries],
+            "intersection": overlap[each, own].tolist(),
+            "union": covered[each, own].tolist(),
+            "area": areas(given).tolist(),
+            "object_share": (areas(truth)[own] / answers.masks[0].numel()).tolist(),
+            "score": answers.scores.tolist(),
+            "found": [answers.found] * len(queries),
+        }
+        if self.with_objects:
+            real = np.array([ann_id >= 0 for ann_id in objects])
+            among, together = pairwise_overlap(truth[own], truth)
+            result["right_object"] = _chosen_rightly(overlap / np.maximum(covered, 1), own, real).tolist()
+            # Where no object is annotated there is none to pick: the answer is empty then.
+            shared = among[:, real] if real.any() else np.zeros((len(own), 1))
+            joint = together[:, real] if real.any() else among[each, own][:, None]
+            result["random_intersection"] = shared.mean(axis=1).tolist()
+            result["random_union"] = joint.mean(axis=1).tolist()
+            result["random_iou"] = (shared / np.maximum(joint, 1)).mean(axis=1).tolist()
+        return result
+
+    def _kind(self, query: Query) -> str:
+        if query.ann_id >= 0:
+            return expression_kind(query.text)
+        return SEVERAL if masks.area(self.counts[query.ann_id], self.row["height"], self.row["width"]) else NONE
+
+    def _truth(self, ann_id: int, reading: Reading) -> np.ndarray:
+        """Give the true mask of an annotation at a reading's resolution, packed: uint64 (words,)."""
+        key = ann_id, reading.resolution
+        if key not in self.packed:
+            mask = masks.decode(self.counts[ann_id], self.row["height"], self.row["width"])
+            self.packed[key] = packed(resized(torch.from_numpy(mask)[None], reading))[0]
+        return self.packed[key]
+
+
+def _chosen_rightly(iou: np.ndarray, own: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Tell, bool (N,), whether of all objects each answer covers its own best; `own` (N,) says which of iou's M that is.
+
+    Of what is no real object, bool (M,), the own target alone is compared.
+    """
+    rivals = real[None] | (np.arange(len(real))[None] == own[:, None])
+    cover = np.where(rivals, iou, 0)
+    return np.asarray(cover.any(axis=1) & (cover.argmax(axis=1) == own))

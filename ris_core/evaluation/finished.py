@@ -1,4 +1,4 @@
-"""Finished masks as answers: those that an evaluation keeps of its own, and anybody's, scored as if they were given now."""
+"""Finished masks as answers: anybody's, scored as if they were given now."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ris_core.data.text import NONE, SEVERAL, expression_kind
 from ris_core.evaluation.answers import Answerer, Answers
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.metrics import Protocol
-from ris_core.evaluation.queries import Query, queries_of, swapped
+from ris_core.evaluation.queries import Query, of_images, queries_of, swapped
 from ris_core.models.answer import resized
 
 Key = tuple[int, int]  # ref_id and sent_id: which expression
@@ -29,21 +29,8 @@ class Finished:
     score: float = 1.0
 
 
-class KeptAnswers:
-    """An answerer that keeps the masks it gives, as run lengths, in the order of the rows that `evaluate` makes of them."""
-
-    def __init__(self, answer: Answerer):
-        self.answer = answer
-        self.counts: list[str] = []
-
-    def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
-        found = self.answer(store, queries, protocol)
-        self.counts += [masks.encode(mask) for each in found.values() for mask in each.masks.cpu().numpy()]
-        return found
-
-
 @dataclass(frozen=True)
-class FinishedAnswers:
+class FinishedAnswers(Answerer):
     """An answerer that gives finished masks, at the protocol's resolution; without one for an expression it is empty.
 
     side: they are squares of so many pixels a side, None where they are of their images' sizes.
@@ -53,10 +40,7 @@ class FinishedAnswers:
     side: int | None = None
 
     def __call__(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> dict[int, Answers]:
-        return {
-            image: self._of_image(store, [query for query in queries if query.image == image], protocol)
-            for image in dict.fromkeys(query.image for query in queries)
-        }
+        return {image: self._of_image(store, asked, protocol) for image, asked in of_images(queries).items()}
 
     def _of_image(self, store: ShardStore, queries: Sequence[Query], protocol: Protocol) -> Answers:
         row = store.row(queries[0].image)

@@ -8,6 +8,8 @@ from ris_core.device import PRECISIONS
 from ris_core.evaluation.metrics import PROTOCOLS
 from ris_core.options import option
 
+EXPRESSIONS_PER_BATCH = 64
+
 
 @dataclass
 class EvaluateParams:
@@ -17,6 +19,6 @@ class EvaluateParams:
     splits: list[str] | None = None
     shuffled_split: str | None = "val"
     bootstrap_samples: int = option(1000, minimum=1)
-    images_per_batch: int = option(8, minimum=1)
+    expressions_per_batch: int = option(EXPRESSIONS_PER_BATCH, minimum=1)
     precision: str = option("auto", choices=PRECISIONS)
     seed: int = 0

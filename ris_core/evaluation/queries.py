@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,9 +67,7 @@ def swapped(queries: Sequence[Query], seed: int) -> list[Query]:
     Queries whose image has no other referent among them are left out.
     """
     random = np.random.default_rng(seed)
-    of_image: dict[int, list[Query]] = {}
-    for query in queries:
-        of_image.setdefault(query.image, []).append(query)
+    of_image = of_images(queries)
     result = []
     for query in queries:
         others = [other.text for other in of_image[query.image] if other.ref_id != query.ref_id]
@@ -78,15 +76,26 @@ def swapped(queries: Sequence[Query], seed: int) -> list[Query]:
     return result
 
 
-def by_images(queries: Sequence[Query], count: int) -> Iterator[list[Query]]:
-    """Give consecutive runs of queries that together touch at most `count` images."""
-    group: list[Query] = []
-    images: set[int] = set()
+def of_images(queries: Iterable[Query]) -> dict[int, list[Query]]:
+    """Give the queries of each image, in their order."""
+    found: dict[int, list[Query]] = {}
     for query in queries:
-        if query.image not in images and len(images) == count:
+        found.setdefault(query.image, []).append(query)
+    return found
+
+
+def batched(asked: Mapping[int, int], limit: int) -> Iterator[list[int]]:
+    """Give runs of images that have together at most `limit` expressions, or one image that has more alone.
+
+    asked: how many expressions each image has, in the images' order.
+    """
+    group: list[int] = []
+    together = 0
+    for image, count in asked.items():
+        if group and together + count > limit:
             yield group
-            group, images = [], set()
-        group.append(query)
-        images.add(query.image)
+            group, together = [], 0
+        group.append(image)
+        together += count
     if group:
         yield group

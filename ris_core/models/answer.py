@@ -53,9 +53,11 @@ def read_map(logits: torch.Tensor, frame: Frame, reading: Reading) -> MapAnswer:
     """Read logits (N, 1, g, g) of any float dtype over the square, about one image -> its answers."""
     square = logits.float().sigmoid()[:, 0]
     found = unletterbox(square, frame.height, frame.width, frame.image_size, frame.resample, reading.upsampling)
-    found = smoothly_resized(found, reading).clamp(0, 1)  # bicubic upsampling goes a little beyond
+    found = smoothly_resized(found, reading).clamp_(0, 1)  # bicubic upsampling goes a little beyond
     masks = found > reading.threshold
-    scores = (found * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1)
+    inside = F.threshold(found, reading.threshold, 0.0)  # as found * masks, in a quarter of the time
+    areas = masks.view(torch.uint8).flatten(1).sum(1, dtype=torch.int64)
+    scores = inside.flatten(1).sum(1) / areas.clamp(min=1)
     return MapAnswer(masks, scores, found)
 
 
@@ -82,7 +84,11 @@ class Choice(NamedTuple):
 
     masks: torch.Tensor  # (N, H, W) bool: the chosen proposals; empty where there was none
     shares: torch.Tensor  # (N,) float 0..1: how sure, the softmax of the chosen one's score among all
-    relevance: torch.Tensor  # (N, H, W) float 0..1: the shares of all proposals that hold a pixel, added up
+    of_all: torch.Tensor  # (N, P) float 0..1: the shares of all
+
+    def relevance(self, proposals: torch.Tensor) -> torch.Tensor:
+        """Give maps (N, H, W) float 0..1: of each pixel the shares of the proposals (P, H, W) that hold it, added up."""
+        return torch.einsum("np,phw->nhw", self.of_all, proposals.to(self.of_all.dtype)).clamp(max=1)
 
 
 def choose(masks: torch.Tensor, scores: torch.Tensor) -> Choice:
@@ -91,9 +97,8 @@ def choose(masks: torch.Tensor, scores: torch.Tensor) -> Choice:
     The first of equals. Without proposals the answers are empty masks of share 0.
     """
     if not len(masks):
-        empty = torch.zeros((len(scores), *masks.shape[1:]), device=scores.device)
-        return Choice(empty.bool(), scores.new_zeros(len(scores)), empty)
+        nothing = torch.zeros((len(scores), *masks.shape[1:]), dtype=torch.bool, device=scores.device)
+        return Choice(nothing, scores.new_zeros(len(scores)), scores)
     shares = scores.softmax(dim=1)
     best = scores.argmax(dim=1)
-    relevance = torch.einsum("np,phw->nhw", shares, masks.to(shares.dtype)).clamp(max=1)
-    return Choice(masks[best], shares.gather(1, best[:, None])[:, 0], relevance)
+    return Choice(masks[best], shares.gather(1, best[:, None])[:, 0], shares)

@@ -82,7 +82,7 @@ def one_process(tiny: Tiny, model: Path, job: Plain) -> pa.Table:
         evaluate.job_queries(tiny.store(), job),
         PROTOCOLS[job["protocol"]],
         split=job["split"],
-        images_per_batch=4,
+        expressions_per_batch=20,
     )
 
 

@@ -227,9 +227,8 @@ def in_process(params: Params, system: str, folder: Path, dataset: str, wanted: 
     scorer = evaluate.Scorer(
         {name: Here(place) for name, place in (("model", folder), ("shards", paths.shards(dataset)))}, 4, "fp32"
     )
-    count = len(evaluate.job_queries(scorer.store, job))
-    piece = {**job, "first": 0, "last": count}
-    return {job["job"]: scorer(pa.Table.from_pylist([piece])).drop_columns(["job", "position"])}
+    tables = [scorer(pa.Table.from_pylist([piece])) for piece in evaluate.pieces(scorer.store, [job])]
+    return {job["job"]: pa.concat_tables(tables).drop_columns(["job", "position"])}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -220,10 +221,10 @@ def score_here(
 ) -> dict[str, pa.Table]:
     """`evaluate.score` without Ray."""
     places = {"model": Place(str(folder)), "shards": Place(str(paths.shards(dataset)))}
-    scorer = evaluate.Scorer(places, params.evaluate.images_per_batch, params.evaluate.precision, keep_masks)
-    pieces = [{**job, "first": 0, "last": len(evaluate.job_queries(scorer.store, job))} for job in wanted]
-    tables = {piece["job"]: scorer(pa.Table.from_pylist([piece])) for piece in pieces}
-    return {name: table.drop_columns(["job", "position"]) for name, table in tables.items()}
+    scorer = evaluate.Scorer(places, params.evaluate.expressions_per_batch, params.evaluate.precision, keep_masks)
+    table = pa.concat_tables(scorer(pa.Table.from_pylist([piece])) for piece in evaluate.pieces(scorer.store, wanted))
+    names = [job["job"] for job in wanted]
+    return {name: table.filter(pc.equal(table["job"], name)).drop_columns(["job", "position"]) for name in names}
 
 
 @pytest.mark.ray

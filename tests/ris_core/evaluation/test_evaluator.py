@@ -21,7 +21,7 @@ from ris_core.data.records import ImageRecord
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.data.text import END_ID, encode, expression_kind
 from ris_core.errors import ConfigError
-from ris_core.evaluation.answers import MapAnswers, pairwise_overlap
+from ris_core.evaluation.answers import MapAnswers
 from ris_core.evaluation.evaluator import TABLE_SCHEMA, evaluate
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
 from ris_core.evaluation.queries import queries_of, shuffled
@@ -169,18 +169,18 @@ def test_one_who_marks_another_object_scores_nothing(store: ShardStore) -> None:
 
 def test_each_image_is_encoded_once_whatever_is_asked_about_it(store: ShardStore) -> None:
     images = len(store.images_of("val"))
-    for per_batch in (1, 4, 100):
+    for per_batch, least in ((1, images), (20, 2), (1000, 1)):
         oracle = Oracle(store)
-        table = table_of(oracle, store, images_per_batch=per_batch)
+        table = table_of(oracle, store, expressions_per_batch=per_batch)
         assert len(table) > 3 * images
         assert sum(oracle.encoded) == images
-        assert oracle.encoded == [per_batch] * (images // per_batch) + [images % per_batch] * (images % per_batch > 0)
+        assert len(oracle.encoded) >= least
 
 
 def test_batches_change_nothing(store: ShardStore) -> None:
-    one = table_of(Oracle(store), store, images_per_batch=1)
-    for per_batch in (2, 5, 100):
-        assert table_of(Oracle(store), store, images_per_batch=per_batch).equals(one)
+    one = table_of(Oracle(store), store, expressions_per_batch=1)
+    for per_batch in (9, 20, 1000):
+        assert table_of(Oracle(store), store, expressions_per_batch=per_batch).equals(one)
 
 
 class Listening(Constant):
@@ -226,7 +226,7 @@ def test_a_real_model_answers_alike_in_any_batch(tiny: Tiny) -> None:
     torch.manual_seed(0)
     model = build_model("cris", tiny.params().of("cris").model, load_saved_clip(tiny.clip))
     assert isinstance(model, MapSystem)
-    tables = [table_of(model, tiny.store(), images_per_batch=count).to_pylist() for count in (1, 6)]
+    tables = [table_of(model, tiny.store(), expressions_per_batch=count).to_pylist() for count in (1, 60)]
     assert not model.training
     for one, other in zip(*tables, strict=True):
         assert all(one[name] == other[name] for name in ("image_id", "sent_id", "text", "random_union"))
@@ -262,7 +262,7 @@ def test_every_expression_counts_exactly_once(store: ShardStore) -> None:
         for ref in row["refs"]
         for s in ref["sentences"]
     ]
-    table = table_of(Oracle(store), store, images_per_batch=2)
+    table = table_of(Oracle(store), store, expressions_per_batch=20)
     assert table.schema.equals(TABLE_SCHEMA)
     found = zip(*(table[name].to_pylist() for name in ("image_id", "ref_id", "sent_id", "text")), strict=True)
     assert list(found) == expected
@@ -392,16 +392,6 @@ def test_shards_resampled_exactly_are_read_so(store: ShardStore, monkeypatch: py
     monkeypatch.setattr(store, "resample", "exact")
     assert table_of(Oracle(store), store).num_rows == before.num_rows
     assert set(modes) == {"exact"}
-
-
-def test_overlaps_of_all_pairs() -> None:
-    random = np.random.default_rng(0)
-    first, second = random.random((3, 17, 9)) > 0.5, random.random((4, 17, 9)) > 0.3
-    overlap, together = pairwise_overlap(torch.from_numpy(first), torch.from_numpy(second))
-    assert overlap.dtype == together.dtype == torch.int64
-    for i, a in enumerate(first):
-        for j, b in enumerate(second):
-            assert (overlap[i, j], together[i, j]) == ((a & b).sum(), (a | b).sum())
 
 
 def test_shuffled_sentences_are_what_the_model_hears(store: ShardStore) -> None:

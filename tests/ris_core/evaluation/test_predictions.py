@@ -18,9 +18,8 @@ from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError
 from ris_core.evaluation import finished, matching
-from ris_core.evaluation.answers import Answers
-from ris_core.evaluation.evaluator import TABLE_SCHEMA, evaluate
-from ris_core.evaluation.finished import KeptAnswers
+from ris_core.evaluation.answers import Answerer, Answers
+from ris_core.evaluation.evaluator import COUNTS, TABLE_SCHEMA, Job, evaluate, evaluate_all
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol
 from ris_core.evaluation.predictions import entry_of, read_predictions, write_predictions
 from ris_core.evaluation.queries import Query, queries_of, swapped
@@ -34,7 +33,7 @@ def store(tiny: Tiny) -> ShardStore:
     return tiny.store()
 
 
-class Noisy:
+class Noisy(Answerer):
     """Answers each text about an image with the same boxes at the protocol's resolution; the last image has none."""
 
     def __init__(self, store: ShardStore):
@@ -72,10 +71,11 @@ def entries_of(table: pa.Table, counts: list[str], store: ShardStore, protocol: 
 def test_what_was_written_under_a_protocol_gives_its_figures_again(
     name: str, store: ShardStore, tmp_path: Path
 ) -> None:
-    protocol, kept = PROTOCOLS[name], KeptAnswers(Noisy(store))
-    written = evaluate(kept, store, queries_of(store, SPLIT, protocol), protocol, split=SPLIT, images_per_batch=3)
+    protocol = PROTOCOLS[name]
+    job = Job(name, protocol, SPLIT, queries_of(store, SPLIT, protocol))
+    written = evaluate_all(Noisy(store), store, [job], expressions_per_batch=9, with_counts=True)[name]
     assert len(set(written["found"].to_pylist())) == 2
-    entries = entries_of(written, kept.counts, store, protocol)
+    entries = entries_of(written, written[COUNTS].to_pylist(), store, protocol)
     random.Random(0).shuffle(entries)
     write_predictions(tmp_path / "some.json", {"dataset": DATASET, "split": SPLIT}, protocol, entries)
     given = matching.read(tmp_path / "some.json", store, DATASET, SPLIT)
@@ -104,10 +104,11 @@ def test_protocols_are_scored_at_once_as_one_by_one(store: ShardStore) -> None:
 
 def test_the_control_within_an_image_needs_no_model(store: ShardStore) -> None:
     """A sentence about another object was asked, too: its mask is what the model would answer again."""
-    protocol, kept = PROTOCOLS["ours"], KeptAnswers(Noisy(store))
+    protocol = PROTOCOLS["ours"]
     queries = queries_of(store, SPLIT, protocol)
-    evaluate(kept, store, queries, protocol, split=SPLIT)
-    given = {(q.ref_id, q.sent_id): finished.Finished(c) for q, c in zip(queries, kept.counts, strict=True)}
+    kept = evaluate_all(Noisy(store), store, [Job("", protocol, SPLIT, queries)], with_counts=True)[""]
+    counts = kept[COUNTS].to_pylist()
+    given = {(q.ref_id, q.sent_id): finished.Finished(c) for q, c in zip(queries, counts, strict=True)}
     expected = evaluate(Noisy(store), store, swapped(queries, 3), protocol, split=SPLIT)
     found = finished.swapped_table(given, store, SPLIT, protocol, seed=3)
     for column in ("sent_id", "text", "intersection", "union", "area"):

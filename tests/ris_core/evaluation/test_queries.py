@@ -11,7 +11,7 @@ from tiny_world import Tiny
 from ris_core.data.dataset import ShardStore
 from ris_core.errors import DataError
 from ris_core.evaluation.metrics import PROTOCOLS
-from ris_core.evaluation.queries import Query, by_images, queries_of, shuffled, swapped
+from ris_core.evaluation.queries import Query, batched, of_images, queries_of, shuffled, swapped
 
 OURS = PROTOCOLS["ours"]
 
@@ -43,16 +43,16 @@ def test_some_images_only(store: ShardStore) -> None:
         queries_of(store, "test", OURS)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 100])
-def test_groups_hold_whole_images_and_no_more_than_wanted(count: int, store: ShardStore) -> None:
-    queries = queries_of(store, "val", OURS)
-    groups = list(by_images(queries, count))
-    assert [query for group in groups for query in group] == queries
-    images = [list(dict.fromkeys(query.image for query in group)) for group in groups]
-    assert all(len(some) == count for some in images[:-1])
-    assert 1 <= len(images[-1]) <= count
-    assert len({image for some in images for image in some}) == sum(map(len, images))
-    assert list(by_images([], count)) == []
+@pytest.mark.parametrize("limit", [1, 7, 20, 1000])
+def test_batches_hold_whole_images_and_no_more_expressions_than_wanted(limit: int, store: ShardStore) -> None:
+    counts = {image: len(asked) for image, asked in of_images(queries_of(store, "val", OURS)).items()}
+    groups = list(batched(counts, limit))
+    assert [image for group in groups for image in group] == list(counts)
+    together = [sum(counts[image] for image in group) for group in groups]
+    assert all(count <= limit or len(group) == 1 for count, group in zip(together, groups, strict=True))
+    follows = zip(together, groups[1:], strict=False)
+    assert all(count + counts[group[0]] > limit for count, group in follows), "none ends before it is full"
+    assert list(batched({}, limit)) == []
 
 
 def test_shuffling_gives_no_referent_its_own_sentence(tiny: Tiny) -> None:

@@ -15,7 +15,7 @@ from ris_core.data.refer.audit import prepare
 from ris_core.data.shapes.synthetic import SyntheticSpec, write_dataset
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.data.text import NONE, SEVERAL, expression_kind
-from ris_core.evaluation.answers import Answers
+from ris_core.evaluation.answers import Answerer, Answers
 from ris_core.evaluation.behaviour import Strangers, behaviour
 from ris_core.evaluation.evaluator import evaluate
 from ris_core.evaluation.finished import Finished, tables
@@ -52,7 +52,7 @@ def everything(store: ShardStore, query: Query) -> np.ndarray:
     return np.ones_like(truth(store, query))
 
 
-class Answering:
+class Answering(Answerer):
     """An answerer made of a function."""
 
     def __init__(self, answer=truth):
