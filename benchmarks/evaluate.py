@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks import global_local
 from benchmarks.measure import Report, Timing, alone, best_of
@@ -20,12 +22,17 @@ from benchmarks.samples import EXPRESSIONS, HEIGHT, OBJECTS, SPLIT, WIDTH, write
 from ris_core.data.dataset import ShardStore
 from ris_core.data.letterbox import unletterbox
 from ris_core.evaluation.answers import MapAnswers
-from ris_core.evaluation.evaluator import evaluate
+from ris_core.evaluation.evaluator import Job, evaluate, evaluate_all
 from ris_core.evaluation.metrics import PROTOCOLS, bootstrap_intervals, scores
 from ris_core.evaluation.overlap import packed, pairwise_overlap
 from ris_core.evaluation.queries import queries_of
 from ris_core.models.clip import normalise
+from ris_core.models.contract import MapSystem, Role, SystemConfig
+from ris_core.models.losses import LossParams
 
+BESIDE_IMAGES, BESIDE_SIZE = 40, 416
+BESIDE_GOAL_MS = 1.0  # of CPU an expression under one protocol
+PRESET_CRIS = ("cris", "ours")
 IMAGES = {"small": 8, "r50": 1}
 ROUNDS = {"small": 3, "r50": 2}
 ROWS = 100_000
@@ -51,6 +58,7 @@ def main() -> None:
         if args.full or not published:
             found = alone(global_local.measure, name, args.device, args.threads)
             global_local.report_case(report, found, args.device)
+    report_beside(report, alone(measure_beside, args.threads))
     report_meter(report, alone(measure_meter, args.threads))
     report.finish(args.record)
 
@@ -139,6 +147,99 @@ def report_model(report: Report, found: Found, device: str) -> None:
             share,
             "the model",
         )
+
+
+class Instant(MapSystem[torch.Tensor, torch.Tensor]):
+    """Costs nothing: what is left of an evaluation is what it takes beside any model. Answers are one disc, a soft one."""
+
+    stride = 4
+
+    def __init__(self, side: int) -> None:
+        super().__init__(None, SystemConfig())
+        self.anchor = nn.Parameter(torch.zeros(1))
+        place = torch.linspace(-1, 1, side)
+        self.map = 6 - 60 * (place[:, None] ** 2 + (place[None] - 0.2) ** 2)
+        self.passes = 0
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Nothing."""
+        return images.new_zeros(0)
+
+    def segment(
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The disc, for each expression."""
+        self.passes += len(tokens)
+        return self.map.expand(len(tokens), 1, *self.map.shape)
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As in evaluation."""
+        return self.segment(self.encode_image(images), tokens, image_index)
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, params: LossParams) -> torch.Tensor:
+        """Not to be trained."""
+        raise NotImplementedError
+
+    def role(self, name: str) -> Role:
+        """None that matters."""
+        return "head"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """CPU seconds of whole evaluations whose model costs nothing, over `expressions`; and how many each had answered."""
+
+    expressions: int
+    timings: dict[str, Timing]
+    passes: dict[str, int]
+
+
+def measure_beside(threads: int) -> Beside:
+    """Evaluations under one protocol, and under those of the preset `cris` at once and one by one."""
+    torch.set_num_threads(threads)
+    model = Instant(BESIDE_SIZE // Instant.stride)
+    answer = MapAnswers(model, 17)
+    passes: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = ShardStore(write_store(Path(folder), BESIDE_IMAGES, BESIDE_SIZE))
+        jobs = [Job(name, PROTOCOLS[name], SPLIT, queries_of(store, SPLIT, PROTOCOLS[name])) for name in PRESET_CRIS]
+
+        def run(name: str, *together: list[Job]) -> Callable[[], None]:
+            def function() -> None:
+                before = model.passes
+                for some in together:
+                    evaluate_all(answer, store, some)
+                passes[name] = model.passes - before
+
+            return function
+
+        by_name = {job.name: job for job in jobs}
+        preset = [by_name[name] for name in PRESET_CRIS]
+        pixels = [store.pixels(i) for i in range(len(store))]
+        functions = {
+            "one": run("one", [by_name["cris"]]),
+            "preset": run("preset", preset),
+            "singly": run("singly", *([job] for job in preset)),
+            "tokens": lambda: model.tokenize([query.text for query in by_name["cris"].queries], 17),
+            "copy": lambda: [image.copy() for image in pixels],
+        }
+        timings = best_of(functions, 3)
+    return Beside(len(by_name["cris"].queries), timings, passes)
+
+
+def report_beside(report: Report, found: Beside) -> None:
+    """What an evaluation costs beside the model, and what protocols share."""
+    ms = {name: 1000 * timing.cpu / found.expressions for name, timing in found.timings.items()}
+    title = f"beside any model at {BESIDE_SIZE}, photos of {WIDTH}x{HEIGHT}, protocol cris"
+    report.add(title, ms["one"], "ms CPU/expression", ms["one"] / BESIDE_GOAL_MS, f"the goal of {BESIDE_GOAL_MS} ms")
+    report.add("  of it tokens", ms["tokens"], "ms CPU/expression", ms["tokens"] / ms["one"], "that")
+    report.add("  pixels copied, a floor", ms["copy"], "ms CPU/expression", ms["copy"] / ms["one"], "that")
+    preset = f"{', '.join(PRESET_CRIS)}"
+    report.add(f"{preset} at once", ms["preset"], "ms CPU/expression", ms["preset"] / ms["singly"], "one by one")
+    ratio = found.passes["preset"] / found.passes["singly"]
+    report.add("  expressions through the model", found.passes["preset"], "expressions", ratio, "one by one")
 
 
 def measure_meter(threads: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -54,11 +55,18 @@ def read_map(logits: torch.Tensor, frame: Frame, reading: Reading) -> MapAnswer:
     square = logits.float().sigmoid()[:, 0]
     found = unletterbox(square, frame.height, frame.width, frame.image_size, frame.resample, reading.upsampling)
     found = smoothly_resized(found, reading).clamp_(0, 1)  # bicubic upsampling goes a little beyond
-    masks = found > reading.threshold
+    masks = _above(found, reading.threshold)
     inside = F.threshold(found, reading.threshold, 0.0)  # as found * masks, in a quarter of the time
     areas = masks.view(torch.uint8).flatten(1).sum(1, dtype=torch.int64)
     scores = inside.flatten(1).sum(1) / areas.clamp(min=1)
     return MapAnswer(masks, scores, found)
+
+
+def _above(maps: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Give maps > threshold, float32 -> bool; on a CPU by numpy, which takes a sixth of torch's time for it."""
+    if maps.device.type != "cpu":
+        return maps > threshold
+    return torch.from_numpy(maps.numpy() > np.float32(threshold))
 
 
 def resized(masks: torch.Tensor, reading: Reading) -> torch.Tensor:

@@ -218,7 +218,7 @@ def _normalisation(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Turn uint8 RGB (B, 3, H, W) into float32 as CLIP expects it, on the same device and in the same memory format."""
     mean, std = _normalisation(images.device)
-    return (images.float() - mean) / std
+    return (images - mean).div_(std)  # the bytes become floats on the way, and there is one copy of them
 
 
 def resnet_feature_maps(

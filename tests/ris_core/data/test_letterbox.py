@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ris_core.data import letterbox
 from ris_core.data.letterbox import (
     BORDER_RGB,
     Mode,
@@ -177,3 +178,18 @@ def test_cells_of_a_map_lie_where_its_target_was_sampled() -> None:
 
     assert iou("grid") > 0.87
     assert iou("corners") < iou("grid") - 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 427), (33, 500), (60, 20)])
+@pytest.mark.parametrize("upsampling", ["grid", "corners"])
+def test_bands_of_the_matrices_give_what_the_whole_ones_give(
+    height: int, width: int, upsampling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = torch.rand(3, 26, 26, generator=torch.Generator().manual_seed(0))
+    whole = []
+    for band in (letterbox.BAND, 10_000):
+        monkeypatch.setattr(letterbox, "BAND", band)
+        letterbox._inverse_matrices.cache_clear()
+        whole.append(unletterbox(maps, height, width, 104, upsampling=upsampling))  # type: ignore[arg-type]
+    letterbox._inverse_matrices.cache_clear()
+    torch.testing.assert_close(*whole, atol=1e-6, rtol=0)

@@ -22,9 +22,9 @@ from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.data.text import END_ID, encode, expression_kind
 from ris_core.errors import ConfigError
 from ris_core.evaluation.answers import MapAnswers
-from ris_core.evaluation.evaluator import TABLE_SCHEMA, evaluate
+from ris_core.evaluation.evaluator import COUNTS, TABLE_SCHEMA, Job, evaluate, evaluate_all
 from ris_core.evaluation.metrics import PROTOCOLS, Protocol, scores
-from ris_core.evaluation.queries import queries_of, shuffled
+from ris_core.evaluation.queries import queries_of, shuffled, swapped
 from ris_core.models.clip import load_saved_clip, normalise
 from ris_core.models.contract import MapSystem, Role, SystemConfig
 from ris_core.models.losses import LossParams
@@ -181,6 +181,65 @@ def test_batches_change_nothing(store: ShardStore) -> None:
     one = table_of(Oracle(store), store, expressions_per_batch=1)
     for per_batch in (9, 20, 1000):
         assert table_of(Oracle(store), store, expressions_per_batch=per_batch).equals(one)
+
+
+class Counting(Oracle):
+    """Counts the expressions of each pass."""
+
+    def __init__(self, store: ShardStore) -> None:
+        super().__init__(store)
+        self.asked: list[int] = []
+
+    def segment(
+        self, features: list[int], tokens: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.asked.append(len(tokens))
+        return super().segment(features, tokens, image_index)
+
+
+def test_jobs_on_the_same_images_share_what_is_computed_of_them(store: ShardStore) -> None:
+    queries = queries_of(store, "val", OURS)
+    fixed = replace(PROTOCOLS["lavt"], text="sent")  # an oracle knows no other
+    jobs = [
+        Job("ours", OURS, "val", queries),
+        *(Job(each.name, each, "val", queries_of(store, "val", each)) for each in (PROTOCOLS["cris_val"], fixed)),
+        Job("swapped", OURS, "val", swapped(queries, 0)),
+    ]
+    model = Counting(store)
+    tables = evaluate_all(MapAnswers(model, WORD_LEN), store, jobs, expressions_per_batch=20)
+    assert list(tables) == [job.name for job in jobs]
+    assert sum(model.encoded) == len(store.images_of("val"))
+    different = {(query.image, tuple(encode(query.text))) for job in jobs for query in job.queries}
+    assert sum(model.asked) == len(different) < sum(len(job.queries) for job in jobs)
+    assert max(model.asked) <= 20
+    for job in jobs:
+        alone = evaluate(MapAnswers(Oracle(store), WORD_LEN), store, job.queries, job.protocol, split="val")
+        assert tables[job.name].equals(alone), job.name
+
+
+def test_an_image_with_more_expressions_than_a_batch_takes_several(store: ShardStore) -> None:
+    model = Counting(store)
+    table = evaluate(
+        MapAnswers(model, WORD_LEN, at_once=3),
+        store,
+        queries_of(store, "val", OURS),
+        OURS,
+        split="val",
+        expressions_per_batch=3,
+    )
+    assert max(model.asked) == 3
+    assert table.equals(table_of(Oracle(store), store))
+
+
+def test_masks_are_kept_where_they_are_wanted(store: ShardStore) -> None:
+    queries = queries_of(store, "val", OURS)
+    answer = MapAnswers(Oracle(store), WORD_LEN)
+    table = evaluate_all(answer, store, [Job("", OURS, "val", queries)], with_counts=True)[""]
+    assert table.drop_columns([COUNTS]).equals(table_of(Oracle(store), store))
+    for query, counts in zip(queries, table[COUNTS].to_pylist(), strict=True):
+        row = store.row(query.image)
+        expected = answer(store, [query], OURS)[query.image].masks[0].numpy()
+        assert np.array_equal(masks.decode(counts, row["height"], row["width"]), expected)
 
 
 class Listening(Constant):
