@@ -30,8 +30,11 @@ IMAGES_PER_PART = 64  # some seconds of work each, so that workers stay evenly b
 def main(dataset: Annotated[str, typer.Option(help="a preprocessed dataset")]) -> None:
     """Make the proposals of every image of the evaluated splits, once for all systems."""
     check_names(dataset)
-    manifest, counts = build(dataset, params("propose"))
-    files.write_json(paths.proposal_scores(dataset), summary(manifest, counts))
+    chosen = params("propose")
+    manifest, counts = build(dataset, chosen)
+    found = summary(manifest, counts, chosen.proposals.max_count)
+    files.write_json(paths.proposal_scores(dataset), found)
+    tell_capped(found, chosen.proposals.generator, chosen.proposals.max_count)
     typer.echo(f"{paths.proposals(dataset)}: {manifest['proposals']} proposals of {manifest['images']} images")
 
 
@@ -113,8 +116,25 @@ def write_one(row: parts.Row) -> parts.Row:
     return {"done": json.dumps({"name": path.name})}
 
 
-def summary(manifest: Plain, counts: dict[str, list[int]]) -> Plain:
-    """Count the proposals by split; how good they are is scored with the system that chooses among them."""
+def tell_capped(found: Plain, generator: str, most: int) -> None:
+    """Warn where images have as many proposals as they may: there, smaller ones are left out."""
+    capped = {
+        split: part["images_capped"] for split, part in found.items() if split != "generator" if part["images_capped"]
+    }
+    if capped:
+        told = ", ".join(f"{count} of {found[split]['images']} images of {split}" for split, count in capped.items())
+        print(
+            f"WARNING: {told} have as many proposals as proposals.{generator}.max_count allows ({most}): the smallest are left "
+            "out. Raise it if small objects matter; encoding takes time in proportion",
+            file=sys.stderr,
+        )
+
+
+def summary(manifest: Plain, counts: dict[str, list[int]], most: int) -> Plain:
+    """Count the proposals by split; how good they are is scored with the system that chooses among them.
+
+    most: how many an image may have.
+    """
     return {
         "generator": manifest["options"]["generator"],
         **{
@@ -122,6 +142,7 @@ def summary(manifest: Plain, counts: dict[str, list[int]]) -> Plain:
                 "images": len(some),
                 "proposals_per_image": round(sum(some) / max(1, len(some)), 2),
                 "images_without": some.count(0),
+                "images_capped": some.count(most),
             }
             for split, some in counts.items()
         },

@@ -105,6 +105,7 @@ def test_the_stage_tells_how_many_there_are(
             "images": len(counts),
             "proposals_per_image": round(sum(counts) / len(counts), 2),
             "images_without": counts.count(0),
+            "images_capped": 0,
         }
     made, images = store.manifest["proposals"], store.manifest["images"]
     assert capsys.readouterr().out == f"data/proposals/shapes: {made} proposals of {images} images\n"
@@ -112,6 +113,18 @@ def test_the_stage_tells_how_many_there_are(
         *(f"{OUT}/{name}" for name in ("manifest.json", *store.manifest["parts"])),
         "results/proposals/shapes.json",
     }
+
+
+def test_where_there_were_more_than_are_kept_it_is_told(
+    ready: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(propose.parts, "run_tasks", in_this_process)
+    ready.change(proposals={"splits": ["val"], "felzenszwalb": {"max_count": 3}})
+    propose.main(DATASET)
+    told = json.loads(paths.proposal_scores(DATASET).read_text())["val"]
+    assert 0 < told["images_capped"] <= told["images"]
+    warned = f"{told['images_capped']} of {told['images']} images of val have as many proposals as"
+    assert f"WARNING: {warned} proposals.felzenszwalb.max_count allows (3)" in capsys.readouterr().err
 
 
 @pytest.mark.ray

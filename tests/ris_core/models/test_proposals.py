@@ -103,6 +103,8 @@ def test_a_filter_keeps_the_larger_of_near_duplicates_in_the_order_given() -> No
     kept = filter_proposals(masks, ProposalFilter(min_area=0.1, max_area=0.9, max_iou=0.9))
     assert np.array_equal(kept, masks[[1, 3, 0]])  # 2 is nine tenths of 1, 4 the whole image
     assert filter_proposals(masks[:0], ProposalFilter()).shape == (0, 10, 10)
+    few = filter_proposals(masks, ProposalFilter(min_area=0.1, max_area=0.9, max_iou=0.9, max_count=2))
+    assert np.array_equal(few, masks[[1, 3]])  # the largest
 
 
 def test_the_best_proposal_is_an_upper_bound() -> None:
@@ -124,10 +126,10 @@ def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
 def test_all_problems_of_options_are_listed() -> None:
     with pytest.raises(ConfigError) as error:
         FelzenszwalbOptions(
-            min_area=0.5, max_area=0.4, max_iou=0, scales=(), sigma=-1, min_size=1, short_side=2, grow=-1
+            min_area=0.5, max_area=0.4, max_iou=0, scales=(), sigma=-1, min_size=1, short_side=2, grow=-1, max_count=0
         )
     message = str(error.value)
-    assert "FelzenszwalbOptions is wrong (7 problems)" in message
+    assert "FelzenszwalbOptions is wrong (8 problems)" in message
     for part in (
         "max_area 0.4",
         "max_iou is 0",
@@ -136,6 +138,7 @@ def test_all_problems_of_options_are_listed() -> None:
         "min_size is 1",
         "short_side is 2",
         "grow is -1",
+        "max_count is 0",
     ):
         assert part in message
     with pytest.raises(ConfigError, match=r"(?s)points_per_side is 0.*stability is 2.*crop_layers is -1"):
