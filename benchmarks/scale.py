@@ -173,8 +173,8 @@ def photo_rows(folder: Path) -> dict[tuple[int, str], tuple[float, float]]:
 
 def epoch(batches: TrainingBatches) -> None:
     """Make all batches of an epoch."""
-    for step in range(len(batches)):
-        batches[step]
+    for _ in batches.loader(0):
+        pass
 
 
 def measure(base: Path, place: Path, times: int, steps: int, workers: int) -> Figures:
@@ -248,9 +248,9 @@ def train(place: Path, steps: int) -> Figures:
     runtime = LocalRuntime(Checkpoints(Storage(place / "run")), "cpu")
     trainer = make_trainer(chosen.build("cpu"), params, store, runtime)
     batches = trainer.batches
-    planned, _ = timed(lambda: batches.set_epoch(1))
+    planned, drawn = timed(lambda: batches.epoch(1))
     count = min(LOADED, len(batches))
-    loaded, _ = timed(lambda: [batches[step]["image"].shape for step in range(count)])
+    loaded, _ = timed(lambda: [drawn[step]["image"].shape for step in range(count)])
     trained, _ = timed(trainer.fit)
     index = sum(column.nbytes for column in (store.ref_image, store.ref_position, store.ref_split))
     samples = count * params.batch_images * params.expressions_per_image

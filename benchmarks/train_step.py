@@ -72,7 +72,7 @@ def measure(name: str, device: str, threads: int) -> Found:
         trainer = Trainer(
             model, batches, lambda model: {}, chosen.train, LocalRuntime(Checkpoints(Storage(folder)), device)
         )
-        batch = batches[0]
+        batch = batches.epoch(0)[0]
     on_device = {key: value.to(device) for key, value in batch.items()}
 
     @torch.inference_mode()

@@ -7,21 +7,23 @@ another number of processes, sees the same sequence of (referent, sentence) pair
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ris_core.data import masks
+from ris_core.data.ahead import ahead
 from ris_core.data.letterbox import Mode, letterbox_mask
-from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, SHARD_SCHEMA, decode_pixels
+from ris_core.data.shard_view import ShardView
+from ris_core.data.shards import MANIFEST, SCHEMA_VERSION, SHARD_SCHEMA, TARGET_STRIDE
 from ris_core.errors import DataError, list_problems
 from ris_core.files import file_sha256
 
@@ -29,6 +31,7 @@ CACHED_ROWS = 4096
 # To open one again takes 0.15 ms; a thousand of them hold 150 MB, and a process may have only so many maps (65530 on Linux).
 OPEN_SHARDS = 128
 
+Batch = dict[str, torch.Tensor]
 Tokenize = Callable[[Sequence[str]], torch.Tensor]  # a system's: sentences -> int64 (N, L)
 
 
@@ -49,17 +52,25 @@ class ShardStore:
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
         if self.manifest["schema_version"] != SCHEMA_VERSION:
             found = self.manifest["schema_version"]
-            raise DataError(f"{manifest}: shard schema {found}, this code reads {SCHEMA_VERSION}; preprocess again")
+            dataset = shlex.quote(str(self.manifest.get("dataset")))
+            raise DataError(
+                f"{manifest}: shard schema {found}, this code reads {SCHEMA_VERSION}: run `ris preprocess --dataset {dataset}`"
+            )
         self.image_size: int = self.manifest["image_size"]
         self.resample: Mode = self.manifest["resample"]
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         self._index_refs()
         self.row = lru_cache(CACHED_ROWS)(self._row)
 
-    def _open(self, shard: int) -> pa.RecordBatch:
+    def __reduce__(self) -> tuple[type[ShardStore], tuple[Path]]:
+        """Have it opened again where it is sent to: a loader's process that is no copy of this one."""
+        return type(self), (self.folder,)
+
+    def _open(self, shard: int) -> ShardView:
         """Map a shard into memory; what is used of it is read when it is."""
         table = self._read(shard, pa.memory_map)
-        return table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
+        batch = table.combine_chunks().to_batches()[0] if len(table) else _empty(table.schema)
+        return ShardView(batch, self.manifest["storage"], self.image_size)
 
     def _column(self, shard: int, name: str) -> pa.Array:
         """Read a column and nothing else: in a map, every first touch has the system read what lies around it too."""
@@ -113,21 +124,21 @@ class ShardStore:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def place(self, index: int) -> tuple[ShardView, int]:
         """Give the shard that holds an image, and its row there."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        batch = self._shard(shard)
-        return batch, int(index) - int(self._ends[shard]) + batch.num_rows  # an index may come in a narrow type
+        view = self._shard(shard)
+        return view, int(index) - int(self._ends[shard]) + view.batch.num_rows  # an index may come in a narrow type
 
     def pixels(self, index: int) -> np.ndarray:
         """Give the letterboxed image, uint8 (S, S, 3), read-only."""
-        batch, row = self._place(index)
-        content = batch.column("image")[row].as_buffer()
-        return decode_pixels(content, self.manifest["storage"], self.image_size)
+        view, row = self.place(index)
+        return view.pixels(row)
 
     def _row(self, index: int) -> dict[str, Any]:
-        batch, row = self._place(index)
-        return {name: batch.column(name)[row].as_py() for name in batch.schema.names if name != "image"}
+        view, row = self.place(index)
+        names = (name for name in view.batch.schema.names if name not in ("image", "targets"))
+        return {name: view.batch.column(name)[row].as_py() for name in names}
 
     def mask(self, index: int, ann_id: int) -> np.ndarray:
         """Give the exact mask of one annotation at original size, uint8 (height, width) of 0/1."""
@@ -177,8 +188,43 @@ class BatchPlan:
     text: str = "sent"  # the field of a sentence that is read
 
 
-class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
-    """Map-style dataset over the steps of one epoch: item `step` is rank's whole batch.
+class Room(NamedTuple):
+    """Memory for a batch, pinned where there is a GPU, to be copied there while the device works."""
+
+    images: torch.Tensor  # uint8 (B, S, S, 3)
+    targets: torch.Tensor  # uint8 (N, S/stride, S/stride)
+
+
+class Epoch:
+    """What an epoch draws, and its batches by step: `groups`, the referents (G, k) of every group in its order, and what
+    chooses their sentences.
+    """
+
+    def __init__(self, of: TrainingBatches, groups: np.ndarray, numbers: np.random.PCG64):
+        self.of, self.groups, self.numbers = of, groups, numbers
+
+    def choice(self, first: int, last: int) -> np.ndarray:
+        """Give uniform numbers (last - first, k) that choose the sentences of the groups first..last-1.
+
+        They are drawn where they are needed: the epoch's sequence is entered at its place.
+        """
+        k = self.groups.shape[1]
+        numbers = copy(self.numbers).advance(first * k)
+        return np.random.Generator(numbers).random((last - first, k))
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.filled(step, self.of.room())
+
+    def filled(self, step: int, room: Room) -> Batch:
+        """Make the batch of a step in the memory given."""
+        plan = self.of.plan
+        share = plan.batch_images // self.of.world
+        start = step * plan.batch_images + self.of.rank * share
+        return self.of.batch(self.groups[start : start + share], self.choice(start, start + share), room)
+
+
+class TrainingBatches:
+    """The batches of a rank, by epoch and step.
 
     A batch: image uint8 (B, 3, S, S); tokens int64 (N, L), what `tokenize` makes of the N sentences; image_index int64
     (N,), the image each expression belongs to; target uint8 (N, 1, S/stride, S/stride), 0..255, the warped mask. The
@@ -207,69 +253,73 @@ class TrainingBatches(Dataset[dict[str, torch.Tensor]]):
             raise DataError(f"split '{split}' has fewer groups than one batch of {plan.batch_images} images")
         if plan.steps_per_epoch:
             self.steps = min(self.steps, plan.steps_per_epoch)
-        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches `__getitem__` returns."""
-        self.groups, self._numbers = self._groups(epoch)
-
-    def _groups(self, epoch: int) -> tuple[np.ndarray, np.random.PCG64]:
-        """Give referents (G, k) of every group in this epoch's order, and what draws the choices of sentences after that."""
-        numbers = np.random.PCG64([self.plan.seed, epoch])
+    def epoch(self, number: int) -> Epoch:
+        """Draw an epoch."""
+        numbers = np.random.PCG64([self.plan.seed, number])
         random = np.random.Generator(numbers)
         k = self.plan.expressions_per_image
         refs = random.permutation(self.refs)
         if k == 1:
-            return refs[:, None], numbers
+            return Epoch(self, refs[:, None], numbers)
         refs = refs[np.argsort(self.store.ref_image[refs], kind="stable")]
-        return random.permutation(refs[filled(self.of_image, k)]), numbers
-
-    def choice(self, first: int, last: int) -> np.ndarray:
-        """Give uniform numbers (last - first, k) that choose the sentences of the groups first..last-1 of this epoch.
-
-        They are drawn where they are needed: the epoch's sequence is entered at its place.
-        """
-        k = self.plan.expressions_per_image
-        numbers = copy(self._numbers).advance(first * k)
-        return np.random.Generator(numbers).random((last - first, k))
+        return Epoch(self, random.permutation(refs[filled(self.of_image, k)]), numbers)
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        share = self.plan.batch_images // self.world
-        start = step * self.plan.batch_images + self.rank * share
-        groups, choice = self.groups[start : start + share], self.choice(start, start + share)
+    def room(self) -> Room:
+        """Make room for a batch."""
+        images, size, side = (
+            self.plan.batch_images // self.world,
+            self.store.image_size,
+            self.store.image_size // self.stride,
+        )
+        pinned = torch.cuda.is_available()
+        return Room(
+            torch.empty(images, size, size, 3, dtype=torch.uint8, pin_memory=pinned),
+            torch.empty(images * self.plan.expressions_per_image, side, side, dtype=torch.uint8, pin_memory=pinned),
+        )
+
+    def batch(self, groups: np.ndarray, choice: np.ndarray, room: Room) -> Batch:
+        """Make the batch of groups (B, k) of referents whose sentences are chosen by uniform numbers (B, k)."""
         store = self.store
-        images = np.stack([store.pixels(int(store.ref_image[group[0]])) for group in groups])
-        texts, targets = [], []
-        for ref, uniform in zip(groups.ravel(), choice.ravel(), strict=True):
-            image = int(store.ref_image[ref])
-            entry = store.row(image)["refs"][store.ref_position[ref]]
-            sentence = entry["sentences"][int(uniform * len(entry["sentences"]))]
-            texts.append(sentence[self.plan.text])
-            targets.append(self._target(image, entry["ann_id"]))
+        places = [store.place(int(store.ref_image[group[0]])) for group in groups]
+        for pixels, (view, row) in zip(room.images.numpy(), places, strict=True):
+            pixels[:] = view.pixels(row)
+        texts = []
+        chosen = zip(groups.ravel().tolist(), choice.ravel().tolist(), room.targets.numpy(), strict=True)
+        for number, (ref, uniform, target) in enumerate(chosen):
+            view, row = places[number // groups.shape[1]]
+            position = int(store.ref_position[ref])
+            texts.append(view.text(row, position, uniform, self.plan.text))
+            target[:] = self._target(view, row, position)
         return {
-            "image": torch.from_numpy(images).permute(0, 3, 1, 2),
+            "image": room.images.permute(0, 3, 1, 2),
             "tokens": self.tokenize(texts),
             "image_index": torch.arange(len(groups)).repeat_interleave(groups.shape[1]),
-            "target": torch.from_numpy(np.stack(targets))[:, None],
+            "target": room.targets[:, None],
         }
 
-    def _target(self, image: int, ann_id: int) -> np.ndarray:
-        store = self.store
-        return letterbox_mask(store.mask(image, ann_id), store.image_size, stride=self.stride, mode=store.resample)
+    def _target(self, view: ShardView, row: int, position: int) -> np.ndarray:
+        """Give a referent's target at this stride, uint8 (S/stride, S/stride)."""
+        times, rest = divmod(self.stride, TARGET_STRIDE)
+        if rest:  # finer than what shards hold: made of the exact mask, which takes longer
+            counts, height, width = view.mask(row, position)
+            store = self.store
+            return letterbox_mask(masks.decode(counts, height, width), store.image_size, self.stride, store.resample)
+        return view.target(row, position)[::times, ::times]
 
-    def loader(self, epoch: int, first_step: int = 0, workers: int = 0) -> DataLoader[dict[str, torch.Tensor]]:
-        """Give batches of `epoch` from `first_step` on, made ahead by `workers` processes (0: in this one)."""
-        self.set_epoch(epoch)
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(first_step, self.steps),
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def loader(self, epoch: int, first_step: int = 0, threads: int = 0) -> Iterator[Batch]:
+        """Give batches of `epoch` from `first_step` on, made ahead by `threads` (0: each when it is asked for).
+
+        Threads, not processes: most of the work is copying and decoding, which run beside each other, and what another
+        process makes has to come through shared memory, whose pages alone take five times as long as the batch.
+        """
+        drawn = self.epoch(epoch)
+        # Room is made by the one who asks: what he has let go of is used again, where a thread would be given new pages.
+        steps = ((step, self.room()) for step in range(first_step, self.steps))
+        return ahead(lambda each: drawn.filled(*each), steps, threads)
 
 
 def filled(counts: np.ndarray, k: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Shards: Arrow IPC files, one row per image, memory-mapped for random access.
 
 A row holds the letterboxed image (raw uint8 pixels, or JPEG bytes of them), the image's annotations with exact masks
-(COCO RLE at the ORIGINAL size) and its referents with their sentences. No pickle anywhere; any Arrow reader opens a
+(COCO RLE at the ORIGINAL size), its referents with their sentences, and what each referent's mask is in training: made once
+here, it is not made again in every epoch. No pickle anywhere; any Arrow reader opens a
 shard. `write_shard` is one unit of work: it depends on nothing but its arguments, so a shard's bytes are the same
 whichever worker writes it, and it writes under a temporary name first, so a file with the final name is always whole.
 """
@@ -21,16 +22,19 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from ris_core.data import masks
 from ris_core.data.images import BadImage, decode_image, load_image
-from ris_core.data.letterbox import Mode, letterbox_image
+from ris_core.data.letterbox import Mode, letterbox_image, letterbox_mask
 from ris_core.data.records import ImageRecord
+from ris_core.errors import ConfigError
 from ris_core.files import file_sha256, replaced_file, write_json
 from ris_core.options import option
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+TARGET_STRIDE = 4  # pixels per cell of training targets: that of every system here; 2 % more bytes beside pixels
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 95
 WRITE_PIECE = 1 << 20
@@ -55,6 +59,7 @@ SHARD_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("image", pa.large_binary()),
+        ("targets", pa.large_binary()),  # of each referent in turn, (S/4, S/4) levels 0..255
         ("instances", pa.list_(_INSTANCE)),
         ("refs", pa.list_(_REF)),
     ]
@@ -79,6 +84,10 @@ class PreprocessParams:
     resample: str = option("opencv4", choices=get_args(Mode))
     images_per_shard: int = option(256, minimum=1)
     max_bad_images: float = option(0.01, minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.image_size % TARGET_STRIDE:
+            raise ConfigError(f"preprocess.image_size is {self.image_size}: use a multiple of {TARGET_STRIDE}")
 
     def shards(self) -> ShardOptions:
         """Give what decides a shard's content."""
@@ -114,11 +123,11 @@ def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, op
     if entry is not None:
         return entry
     rows: list[dict[str, Any]] = []
-    images, ends, quarantined = bytearray(), [0], []
+    images, targets, quarantined = _Binary(), _Binary(), []
     for record in records:
         try:
-            images += _image(record, image_root, options)
-            ends.append(len(images))
+            images.append(_image(record, image_root, options))
+            targets.append(_targets(record, options))
             rows.append(_row(record))
         except BadImage as error:
             quarantined.append({"image_id": record.image_id, "file_name": record.file_name, "reason": error.reason})
@@ -128,7 +137,7 @@ def write_shard(path: Path, records: Sequence[ImageRecord], image_root: Path, op
         "ris.fingerprint": fingerprint,
         "ris.entry": json.dumps(entry),
     }
-    table = _table(rows, images, ends).replace_schema_metadata(metadata)
+    table = _table(rows, images, targets).replace_schema_metadata(metadata)
     with replaced_file(path) as temporary, HashedFile(temporary) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return {**entry, "sha256": file.sha256.hexdigest()}
@@ -164,8 +173,36 @@ def _image(record: ImageRecord, image_root: Path, options: ShardOptions) -> byte
     return _encode(letterbox_image(rgb, options.image_size, mode=options.resample), options.storage)
 
 
+def _targets(record: ImageRecord, options: ShardOptions) -> bytes:
+    counts = {item.ann_id: item.counts for item in record.instances}
+    return b"".join(
+        letterbox_mask(
+            masks.decode(counts[ref.ann_id], record.height, record.width),
+            options.image_size,
+            TARGET_STRIDE,
+            options.resample,
+        ).tobytes()
+        for ref in record.refs
+    )
+
+
+class _Binary:
+    """A column of bytes in the making, end to end in one buffer: converted one by one, they would be in memory three times."""
+
+    def __init__(self) -> None:
+        self.content, self.ends = bytearray(), [0]
+
+    def append(self, content: bytes) -> None:
+        self.content += content
+        self.ends.append(len(self.content))
+
+    def column(self) -> pa.LargeBinaryArray:
+        buffers = [None, pa.py_buffer(np.array(self.ends, np.int64)), pa.py_buffer(self.content)]
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self.ends) - 1, buffers)
+
+
 def _row(record: ImageRecord) -> dict[str, Any]:
-    """Give all of a row but its image."""
+    """Give all of a row but its image and targets."""
     return {
         "image_id": record.image_id,
         "file_name": record.file_name,
@@ -193,16 +230,13 @@ def _row(record: ImageRecord) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[dict[str, Any]], images: bytearray, ends: Sequence[int]) -> pa.Table:
-    """Join rows and their images, which lie end to end in `images` (row i ends at ends[i + 1]), with `SHARD_SCHEMA`.
-
-    The images are taken as the one buffer they are: converted one by one, they would be in memory three times.
-    """
-    place = SHARD_SCHEMA.get_field_index("image")
-    buffers = [None, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(images)]
-    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)
-    table = pa.Table.from_pylist(rows, schema=SHARD_SCHEMA.remove(place)).combine_chunks()
-    return table.add_column(place, SHARD_SCHEMA.field("image"), column)
+def _table(rows: Sequence[dict[str, Any]], images: _Binary, targets: _Binary) -> pa.Table:
+    """Join rows with their images and targets, with `SHARD_SCHEMA`."""
+    binary = {"image": images, "targets": targets}
+    plain = pa.schema([field for field in SHARD_SCHEMA if field.name not in binary])
+    table = pa.Table.from_pylist(rows, schema=plain).combine_chunks()
+    columns = {name: table[name] if name not in binary else binary[name].column() for name in SHARD_SCHEMA.names}
+    return pa.table(columns, schema=SHARD_SCHEMA)
 
 
 def _encode(pixels: np.ndarray, storage: str) -> bytes:

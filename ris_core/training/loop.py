@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ris_core.data.dataset import TrainingBatches
+from ris_core.data.dataset import Batch, TrainingBatches
 from ris_core.device import autocast, resolved_precision
 from ris_core.errors import ClusterError, ConfigError
 from ris_core.models.clip import normalise
@@ -36,7 +36,6 @@ LOG_EVERY = 20
 
 Validate = Callable[[MapSystem], dict[str, float]]
 Log = Callable[[dict[str, float], int], None]
-Batch = dict[str, torch.Tensor]
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
@@ -133,7 +132,8 @@ class Trainer:
         total = torch.tensor(self.position.loss_sum, device=self.device)
         loader = self.batches.loader(epoch, first, self.params.loader_workers)
         quiet = self.runtime.rank > 0 or not sys.stderr.isatty()
-        bar = tqdm(loader, f"epoch {epoch + 1}/{self.params.epochs}", len(self.batches), initial=first, disable=quiet)
+        batches = Waiting(loader)
+        bar = tqdm(batches, f"epoch {epoch + 1}/{self.params.epochs}", len(self.batches), initial=first, disable=quiet)
         started = time.perf_counter()
         for step, batch in enumerate(bar, first):
             lr = set_learning_rates(self.optimizer, self.params, epoch, step, len(self.batches))
@@ -141,15 +141,16 @@ class Trainer:
             self.position.step = step + 1
             done = step + 1 - first
             if (step + 1) % LOG_EVERY == 0 and self.runtime.rank == 0:
-                rate = (
-                    done
-                    * self.params.batch_images
-                    * self.params.expressions_per_image
-                    / (time.perf_counter() - started)
-                )
+                passed = time.perf_counter() - started
+                rate = done * self.params.batch_images * self.params.expressions_per_image / passed
                 loss = total.item() / (step + 1)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", samples=f"{rate:.0f}/s")
-                metrics = {"train/loss": loss, "lr": lr, "samples_per_second": rate}
+                metrics = {
+                    "train/loss": loss,
+                    "lr": lr,
+                    "samples_per_second": rate,
+                    "loader_wait": batches.seconds / passed,
+                }
                 self._log(metrics, epoch * len(self.batches) + step + 1, log)
             every = self.params.checkpoint_every_steps
             if every and (step + 1) % every == 0 and step + 1 < len(self.batches):
@@ -219,6 +220,23 @@ class Trainer:
             print(f"epoch {position.epoch}/{self.params.epochs}  {shown}  ({self.seconds:.0f} s)", file=sys.stderr)
             self._log(metrics, position.epoch * len(self.batches), log)
         self._save()
+
+
+class Waiting:
+    """Gives what it is made of, and tells how long it was waited for: where that is much, the loader holds up training."""
+
+    def __init__(self, batches: Iterable[Batch]):
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 def micro_batches(batch: Batch, images: int | None) -> list[Batch]:

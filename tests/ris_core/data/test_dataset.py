@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -51,12 +52,11 @@ def same(first: Iterable[Batch], second: Iterable[Batch]) -> bool:
 
 def drawn_refs(made: TrainingBatches, epoch: int) -> np.ndarray:
     """Referents (index into the store's columns) of an epoch's whole batches, (groups, k)."""
-    made.set_epoch(epoch)
-    return made.groups[: len(made) * made.plan.batch_images]
+    return made.epoch(epoch).groups[: len(made) * made.plan.batch_images]
 
 
 def test_a_batch_has_the_promised_form(store: ShardStore) -> None:
-    batch = batches(store)[0]
+    batch = batches(store).epoch(0)[0]
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
         "image": torch.uint8,
         "tokens": torch.int64,
@@ -72,10 +72,10 @@ def test_a_batch_has_the_promised_form(store: ShardStore) -> None:
 
 def test_a_batch_holds_images_sentences_and_masks_that_belong_together(store: ShardStore) -> None:
     made = batches(store)
-    made.set_epoch(3)
+    drawn = made.epoch(3)
     for step in range(len(made)):
-        batch = made[step]
-        for n, ref in enumerate(made.groups[4 * step : 4 * step + 4].ravel()):
+        batch = drawn[step]
+        for n, ref in enumerate(drawn.groups[4 * step : 4 * step + 4].ravel()):
             image = int(store.ref_image[ref])
             row = store.row(image)
             entry = row["refs"][store.ref_position[ref]]
@@ -91,10 +91,10 @@ def test_a_batch_holds_images_sentences_and_masks_that_belong_together(store: Sh
 @pytest.mark.parametrize("stride", [1, 8, 16])
 def test_targets_are_as_coarse_as_the_model_wants(stride: int, store: ShardStore) -> None:
     made, quarter = batches(store, stride=stride), batches(store)
-    batch, other = made[0], quarter[0]
+    batch, other = made.epoch(0)[0], quarter.epoch(0)[0]
     assert batch["target"].shape == (8, 1, IMAGE_SIZE // stride, IMAGE_SIZE // stride)
     assert all(torch.equal(batch[name], other[name]) for name in ("image", "tokens", "image_index"))
-    for target, ref in zip(batch["target"], made.groups[:4].ravel(), strict=True):
+    for target, ref in zip(batch["target"], made.epoch(0).groups[:4].ravel(), strict=True):
         image = int(store.ref_image[ref])
         ann_id = store.row(image)["refs"][store.ref_position[ref]]["ann_id"]
         warped = letterbox_mask(store.mask(image, ann_id), IMAGE_SIZE)
@@ -115,9 +115,9 @@ def test_sentences_change_from_epoch_to_epoch(store: ShardStore) -> None:
     made = batches(store, k=1)
     seen: dict[int, set[str]] = {}
     for epoch in range(8):
-        made.set_epoch(epoch)
+        drawn = made.epoch(epoch)
         for step in range(len(made)):
-            for ref, tokens in zip(made.groups[4 * step : 4 * step + 4, 0], made[step]["tokens"], strict=True):
+            for ref, tokens in zip(drawn.groups[4 * step : 4 * step + 4, 0], drawn[step]["tokens"], strict=True):
                 seen.setdefault(int(ref), set()).add(str([token for token in tokens.tolist() if token]))
     refs = [ref for image in range(len(store)) for ref in store.row(image)["refs"]]
     several = [len(texts) for ref, texts in seen.items() if len(refs[ref]["sentences"]) > 1]
@@ -134,7 +134,7 @@ def test_one_expression_per_image_is_every_referent_exactly_once(store: ShardSto
 
 def test_every_referent_comes_at_least_once_when_groups_divide_evenly(store: ShardStore) -> None:
     made = batches(store, images=1, k=2)
-    assert len(made) == len(made.groups)
+    assert len(made) == len(made.epoch(0).groups)
     for epoch in range(3):
         groups = drawn_refs(made, epoch)
         assert set(groups.ravel()) == set(store.refs_of("train"))
@@ -166,7 +166,7 @@ def test_the_halves_of_two_ranks_are_the_whole_batch(store: ShardStore) -> None:
 
 def test_batches_made_ahead_by_a_worker_are_the_same(store: ShardStore) -> None:
     made = batches(store)
-    assert same(epoch_of(made, 4, first_step=2), epoch_of(made, 4, first_step=2, workers=1))
+    assert same(epoch_of(made, 4, first_step=2), epoch_of(made, 4, first_step=2, threads=1))
 
 
 def test_long_sentences_are_cut_at_the_word_length(store: ShardStore) -> None:
@@ -274,12 +274,12 @@ def test_groups_and_choices_are_those_of_a_plain_implementation(split: str, k: i
         made = TrainingBatches(uneven, split, plan, tokens_of)
         for epoch in (0, 1, 2, 49):
             groups, uniform = plainly(uneven, split, plan, epoch)
-            made.set_epoch(epoch)
+            drawn = made.epoch(epoch)
             assert len(made) == len(groups)
-            assert made.groups.tolist() == groups.tolist()
-            assert made.choice(0, len(groups)).tobytes() == uniform.tobytes()
+            assert drawn.groups.tolist() == groups.tolist()
+            assert drawn.choice(0, len(groups)).tobytes() == uniform.tobytes()
             for first in range(0, len(groups), 3):  # entered anywhere, in any order
-                assert made.choice(first, first + 3).tolist()[: len(groups) - first] == uniform[first:][:3].tolist()
+                assert drawn.choice(first, first + 3).tolist()[: len(groups) - first] == uniform[first:][:3].tolist()
 
 
 @pytest.mark.parametrize(("images", "k"), [(5, 1), (4, 2), (3, 4)])
@@ -319,20 +319,41 @@ def test_more_shards_than_are_kept_open_give_the_same(tiny: Tiny, monkeypatch: p
     assert few.places() == many.places()
 
 
+def test_a_store_can_be_sent_to_a_process_that_is_no_copy_of_this_one(store: ShardStore) -> None:
+    made = batches(store)
+    again = pickle.loads(pickle.dumps(made))
+    assert same(epoch_of(made, 0), epoch_of(again, 0))
+
+
+def target_of(made: TrainingBatches, ref: int) -> np.ndarray:
+    store = made.store
+    return made._target(*store.place(int(store.ref_image[ref])), int(store.ref_position[ref]))
+
+
+def exact_mask(store: ShardStore, ref: int) -> np.ndarray:
+    image = int(store.ref_image[ref])
+    return store.mask(image, store.row(image)["refs"][store.ref_position[ref]]["ann_id"])
+
+
 def test_targets_follow_the_shards_resampling(tiny: Tiny, tmp_path: Path) -> None:
-    shutil.copytree(tiny.shards, tmp_path / "exact")
-    manifest = tmp_path / "exact/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"opencv4"', '"exact"'))
-    made = batches(ShardStore(tmp_path / "exact"))
-    made.store.image_size = 60  # 80 to 60 pixels: steps of 4/3, which OpenCV 4 rounds to a 32nd
+    options = ShardOptions(60, resample="exact")  # 80 to 60 pixels: steps of 4/3, which OpenCV 4 rounds to a 32nd
+    entry = write_shard(tmp_path / "part-0.arrow", tiny.records(), tiny.raw, options)
+    write_manifest(tmp_path, DATASET, options, [entry])
+    made = batches(ShardStore(tmp_path))
     differing = 0
     for ref in made.refs:
-        image = int(made.store.ref_image[ref])
-        ann_id = made.store.row(image)["refs"][made.store.ref_position[ref]]["ann_id"]
-        mask = made.store.mask(image, ann_id)
-        assert (made._target(image, ann_id) == letterbox_mask(mask, 60, 4, "exact")).all()
-        differing += int((made._target(image, ann_id) != letterbox_mask(mask, 60, 4)).any())
+        mask = exact_mask(made.store, ref)
+        assert (target_of(made, ref) == letterbox_mask(mask, 60, 4, "exact")).all()
+        differing += int((target_of(made, ref) != letterbox_mask(mask, 60, 4)).any())
     assert differing
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8, 16])
+def test_targets_of_any_stride_are_those_of_the_exact_masks(stride: int, store: ShardStore) -> None:
+    made = batches(store, stride=stride)
+    for ref in made.refs:
+        assert (target_of(made, ref) == letterbox_mask(exact_mask(store, ref), IMAGE_SIZE, stride)).all()
+    assert made.epoch(0)[0]["target"].shape[2:] == (IMAGE_SIZE // stride, IMAGE_SIZE // stride)
 
 
 def test_a_folder_without_a_manifest_is_no_finished_dataset(tiny: Tiny, tmp_path: Path) -> None:
@@ -346,7 +367,7 @@ def test_another_schema_version_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.shards, folder)
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 99}))
-    with pytest.raises(DataError, match="shard schema 99, this code reads 2; preprocess again"):
+    with pytest.raises(DataError, match=r"shard schema 99, this code reads 3: run `ris preprocess --dataset shapes`"):
         ShardStore(folder)
 
 
@@ -372,7 +393,7 @@ def test_tokens_can_come_from_the_raw_text(tiny: Tiny, tmp_path: Path) -> None:
     write_manifest(tmp_path, DATASET, options, [write_shard(tmp_path / "x.arrow", [said], tiny.raw, options)])
     store = ShardStore(tmp_path)
     cleaned, typed = (
-        TrainingBatches(store, "train", BatchPlan(1, 1, 0, text=text), tokens_of)[0]["tokens"].tolist()
+        TrainingBatches(store, "train", BatchPlan(1, 1, 0, text=text), tokens_of).epoch(0)[0]["tokens"].tolist()
         for text in ("sent", "raw")
     )
     assert cleaned == [encode("red star")]
@@ -387,6 +408,6 @@ def test_the_tokens_are_those_of_whoever_asks(store: ShardStore) -> None:
         heard.extend(texts)
         return torch.tensor([[len(text)] for text in texts])
 
-    batch = TrainingBatches(store, "train", BatchPlan(4, 2, 0), lengths)[1]
+    batch = TrainingBatches(store, "train", BatchPlan(4, 2, 0), lengths).epoch(0)[1]
     assert batch["tokens"].tolist() == [[len(text)] for text in heard]
     assert len(heard) == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def outcome(trainer: Trainer) -> Checkpoint:
 
 def timeless(points: list[dict[str, float]]) -> list[dict[str, float]]:
     """All that was logged but how fast it went."""
-    return [{name: value for name, value in row.items() if name != "samples_per_second"} for row in points]
+    clocks = ("samples_per_second", "loader_wait")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in points]
 
 
 def assert_equal(one: Any, other: Any, place: str = "") -> None:
@@ -466,7 +468,7 @@ def test_the_loss_is_the_models_own(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(type(trainer.model), "loss", loss)
     trainer.model.train()
-    trainer._step(trainer.batches[0], 0)
+    trainer._step(trainer.batches.epoch(0)[0], 0)
     assert seen == [((8, 1, 16, 16), (8, 1, 16, 16), trainer.params.loss)]
 
 
@@ -475,7 +477,7 @@ def test_gradients_are_clipped(tiny: Tiny, tmp_path: Path) -> None:
     for limit in (0.0, 0.01):
         trainer = trainer_of(tiny, plain(tmp_path / str(limit)), clip_grad_norm=limit)
         trainer.model.train()
-        trainer._step(trainer.batches[0], 0)
+        trainer._step(trainer.batches.epoch(0)[0], 0)
         gradients = [p.grad for p in trainer.trained]
         assert all(gradient is not None for gradient in gradients), "everything that is trained has a gradient"
         norms[limit] = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients if g is not None])).item()
@@ -507,11 +509,26 @@ def test_a_step_that_is_logged_has_one_row(tiny: Tiny, tmp_path: Path, monkeypat
     monkeypatch.setattr(loop, "LOG_EVERY", 3)
     trainer = trainer_of(tiny, plain(tmp_path), steps_per_epoch=3)
     trainer.fit()
-    names = {"step", "train/loss", "lr", "samples_per_second", "val/mIoU", "val/oIoU"}
+    names = {"step", "train/loss", "lr", "samples_per_second", "loader_wait", "val/mIoU", "val/oIoU"}
     assert [(row["step"], row.keys()) for row in trainer.position.points] == [(3, names), (6, names)]
     again: list[tuple[dict[str, float], int]] = []
     trainer_of(tiny, plain(tmp_path), steps_per_epoch=3).fit(lambda metrics, step: again.append((metrics, step)))
     assert [{"step": step, **metrics} for metrics, step in again] == trainer.position.points
+
+
+def test_what_is_waited_for_is_the_loader_and_not_the_step() -> None:
+    def slowly() -> Iterator[Batch]:
+        for number in range(3):
+            time.sleep(0.02)
+            yield {"image": torch.tensor(number)}
+
+    waiting = loop.Waiting(slowly())
+    seen = []
+    for batch in waiting:
+        time.sleep(0.1)
+        seen.append(int(batch["image"]))
+    assert seen == [0, 1, 2]
+    assert 0.06 <= waiting.seconds < 0.3, "less than the three steps took"
 
 
 def test_bfloat16_trains(tiny: Tiny, tmp_path: Path) -> None:
@@ -582,7 +599,9 @@ def risclip_trainer(tiny: Tiny, stage: int, runtime: LocalRuntime, **changed: An
 def batch_of(tiny: Tiny, images: int, expressions: int) -> Batch:
     plan = BatchPlan(images, expressions, seed=0)
     model = first_stage_model(tiny.params().of("risclip"), "risclip", tiny.clip_vit)
-    return TrainingBatches(tiny.store(), "train", plan, lambda texts: model.tokenize(texts, 12), model.stride)[0]
+    return TrainingBatches(tiny.store(), "train", plan, lambda texts: model.tokenize(texts, 12), model.stride).epoch(0)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("expressions", [1, 3])

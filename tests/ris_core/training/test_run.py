@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from tiny_world import ARCHITECTURE, DATASET, IMAGE_SIZE, Tiny
 
 from ris_core import train
+from ris_core.data.dataset import ShardStore
+from ris_core.data.records import Sentence
 from ris_core.data.shards import ShardOptions, write_manifest, write_shard
 from ris_core.errors import ClusterError, ConfigError, DataError, WeightsError
 from ris_core.evaluation.answers import MapAnswers
@@ -396,16 +398,23 @@ def test_a_zero_shot_system_is_not_trained(tiny: Tiny, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def shouted(sentence: Sentence) -> Sentence:
+    return replace(sentence, raw=sentence.sent.upper())
+
+
 @pytest.mark.parametrize("text", ["sent", "raw"])
 def test_a_training_reads_the_field_that_is_named_in_the_systems_own_tokens(
     text: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
-    store = tiny.store()
-    for image in range(len(store)):
-        for ref in store.row(image)["refs"]:
-            for sentence in ref["sentences"]:
-                sentence["raw"] = sentence["sent"].upper()  # in the rows that this store keeps
+    shards = tmp_path / "shards"
+    records = [
+        replace(record, refs=tuple(replace(ref, sentences=tuple(map(shouted, ref.sentences))) for ref in record.refs))
+        for record in tiny.records()
+    ]
+    options = ShardOptions(IMAGE_SIZE)
+    write_manifest(shards, DATASET, options, [write_shard(shards / "part-0.arrow", records, tiny.raw, options)])
+    store = ShardStore(shards)
 
     def tokenize(self: MapSystem, texts: Sequence[str], length: int) -> torch.Tensor:
         heard.extend(texts)
@@ -414,7 +423,7 @@ def test_a_training_reads_the_field_that_is_named_in_the_systems_own_tokens(
     model = cris_model(tiny)
     monkeypatch.setattr(type(model), "tokenize", tokenize)
     params = cris_training(tiny, text=text)
-    batch = make_trainer(model, params, store, plain(tmp_path)).batches[0]
+    batch = make_trainer(model, params, store, plain(tmp_path)).batches.epoch(0)[0]
     assert torch.equal(batch["tokens"], torch.full((8, 12), 7))
     assert len(heard) == 8
     assert all(said.isupper() == (text == "raw") for said in heard)

@@ -93,7 +93,7 @@ def stepped(trainer: Trainer) -> dict[str, Any]:
     seen: list[int] = []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     trainer.model.train()
-    loss = trainer._step(trainer.batches[0], 0)
+    loss = trainer._step(trainer.batches.epoch(0)[0], 0)
     gradients = [parameter.grad for parameter in trainer.trained if parameter.grad is not None]
     return {"loss": loss, "gradients": gradients, "seen": seen}
 
