@@ -12,7 +12,7 @@ columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from threading import Lock
 from typing import Literal, NamedTuple
@@ -26,6 +26,7 @@ from ris_core.errors import ConfigError, DataError
 
 BORDER_RGB = (123, 117, 104)  # the CLIP mean (122.77, 116.74, 104.09) as OpenCV rounds it into a uint8 image
 CUBIC_A = -0.75
+STRIP = 160  # pixels: a quarter of a usual photo's width
 BAND = 64  # outputs of a step of `unletterbox` on a CPU: measured, at 640x480 from 104x104 it saves three quarters
 
 Mode = Literal["opencv4", "exact"]
@@ -59,7 +60,8 @@ def letterbox_image(rgb: np.ndarray, size: int, mode: Mode = "opencv4") -> np.nd
         raise DataError(f"expected an RGB image (H, W, 3) uint8, got {rgb.shape} {rgb.dtype}")
     if rgb.shape[:2] == (size, size):
         return np.array(rgb, order="C")
-    return _warp(rgb, size, 1, BORDER_RGB, "cubic", mode)
+    taps = _forward_taps(rgb.shape[0], rgb.shape[1], size, 1, "cubic", mode)
+    return _warp(_used(rgb, *taps), *taps, size, BORDER_RGB)
 
 
 def letterbox_mask(mask: np.ndarray, size: int, stride: int = 1, mode: Mode = "opencv4") -> np.ndarray:
@@ -69,14 +71,28 @@ def letterbox_mask(mask: np.ndarray, size: int, stride: int = 1, mode: Mode = "o
     coarse grid equals warping to `size` and taking every `stride`-th row and column ('nearest', as CRIS does), bit for
     bit.
     """
-    if mask.ndim != 2:
-        raise DataError(f"expected a mask (H, W), got shape {mask.shape}")
+    return np.ascontiguousarray(letterbox_masks([mask], size, stride, mode)[0])
+
+
+def letterbox_masks(masks: Sequence[np.ndarray], size: int, stride: int = 1, mode: Mode = "opencv4") -> np.ndarray:
+    """Put masks of one size as `letterbox_mask` does, at once, which is faster: (N, size/stride, size/stride) uint8.
+
+    Raises DataError for what is no mask or is of another size, ConfigError for a stride that does not divide `size`.
+    """
     if size % stride:
         raise ConfigError(f"mask stride {stride} does not divide the letterbox size {size}")
-    levels = (mask != 0).astype(np.uint8) * np.uint8(255)
-    if mask.shape == (size, size):
-        return np.ascontiguousarray(levels[::stride, ::stride])
-    return _warp(levels[:, :, None], size, stride, (0,), "linear", mode)[:, :, 0]
+    side = size // stride
+    if not masks:
+        return np.empty((0, side, side), np.uint8)
+    shapes = {mask.shape for mask in masks}
+    if len(shapes) > 1 or len(masks[0].shape) != 2:
+        raise DataError(f"expected a mask (H, W), got shape {', '.join(map(str, sorted(shapes)))}")
+    height, width = masks[0].shape
+    if (height, width) == (size, size):
+        return np.stack([_levels(mask[::stride, ::stride]) for mask in masks])
+    taps = _forward_taps(height, width, size, stride, "linear", mode)
+    seen = np.stack([_levels(_used(mask, *taps)) for mask in masks], axis=-1)
+    return _warp(seen, *taps, side, (0,) * len(masks)).transpose(2, 0, 1)
 
 
 def unletterbox(
@@ -113,7 +129,8 @@ class _Taps(NamedTuple):
 
     first: int
     last: int
-    source: torch.Tensor  # (n, taps) int64; the value `n_source` stands for the border
+    used: np.ndarray  # int64 (k,): which source samples are looked at, ascending
+    source: torch.Tensor  # (n, taps) int64, places in `used`; the value k stands for the border
     weight: torch.Tensor  # (n, taps) float32
 
 
@@ -132,7 +149,7 @@ class _Band(NamedTuple):
 
 def _taps_nbytes(found: Iterable[_Taps]) -> int:
     """Tell what a cached result holds: sizes of photos are endless, so that no cache is bounded by their number."""
-    return sum(each.source.nbytes + each.weight.nbytes for each in found)
+    return sum(each.used.nbytes + each.source.nbytes + each.weight.nbytes for each in found)
 
 
 def _bands_nbytes(found: Iterable[list[_Band]]) -> int:
@@ -187,8 +204,10 @@ def _taps(line: tuple[float, float], n_out: int, stride: int, n_source: int, ker
     inside = (index >= 0) & (index < n_source)
     touched = np.flatnonzero((inside & (weight != 0)).any(axis=1))
     first, last = (int(touched[0]), int(touched[-1]) + 1) if touched.size else (0, 0)
-    index = np.where(inside, index, n_source)
-    return _Taps(first, last, torch.from_numpy(index[first:last]), torch.from_numpy(weight[first:last]).float())
+    inside, index = inside[first:last], index[first:last]
+    used = np.unique(index[inside])
+    source = np.where(inside, np.searchsorted(used, index), len(used))
+    return _Taps(first, last, used, torch.from_numpy(source), torch.from_numpy(weight[first:last]).float())
 
 
 def _cubic_weights(fraction: np.ndarray) -> np.ndarray:
@@ -213,34 +232,44 @@ def _forward_taps(height: int, width: int, size: int, stride: int, kernel: Kerne
     return rows, columns
 
 
-def _warp(
-    pixels: np.ndarray, size: int, stride: int, border: tuple[int, ...], kernel: Kernel, mode: Mode
-) -> np.ndarray:
-    """Warp pixels (H, W, C) uint8 -> (size/stride, size/stride, C) uint8.
+def _used(pixels: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
+    """Give of pixels (H, W, ...) the rows and columns that are looked at: a target needs few of a mask's."""
+    if pixels.shape[:2] == (len(rows.used), len(columns.used)):
+        return pixels
+    return pixels[np.ix_(rows.used, columns.used)]
+
+
+def _levels(mask: np.ndarray) -> np.ndarray:
+    return (mask != 0).astype(np.uint8) * np.uint8(255)
+
+
+def _warp(pixels: np.ndarray, rows: _Taps, columns: _Taps, side: int, border: tuple[int, ...]) -> np.ndarray:
+    """Warp pixels (h, w, C) uint8, those that the taps look at -> (side, side, C) uint8.
 
     `embedding_bag` is torch's weighted sum of gathered rows, vectorised and without a temporary per tap: the vertical
     pass gathers image rows, the horizontal pass gathers columns after a transpose. One extra row and one extra column
-    hold the border colour, and taps outside the image point there. Output that is pure border is never computed.
+    hold the border colour, and taps outside the image point there. Output that is pure border is never computed. The
+    vertical pass goes from strip to strip: what it holds then stays in the cache, and is no new memory every time.
     """
     height, width, channels = pixels.shape
-    rows, columns = _forward_taps(height, width, size, stride, kernel, mode)
     colour = torch.tensor(border, dtype=torch.float32)
-    source = torch.empty(height + 1, width * channels)
-    source.numpy()[:height] = pixels.reshape(
-        height, -1
-    )  # by numpy: decoded images are often read-only, torch would warn
-    source[height] = colour.repeat(width)
-    lines = F.embedding_bag(rows.source, source, mode="sum", per_sample_weights=rows.weight)
-
-    upright = torch.empty(width + 1, len(rows.source), channels)
-    upright[:width] = lines.view(-1, width, channels).transpose(0, 1)
+    tall, wide = len(rows.source), len(columns.source)
+    upright = torch.empty(width + 1, tall, channels)
     upright[width] = colour
+    for left in range(0, width, STRIP):
+        across = min(STRIP, width - left)
+        if not left or across < STRIP:
+            source = torch.empty(height + 1, across * channels)
+            source[height] = colour.repeat(across)
+        source.numpy()[:height].reshape(height, across, channels)[:] = pixels[:, left : left + across]
+        lines = F.embedding_bag(rows.source, source, mode="sum", per_sample_weights=rows.weight)
+        upright[left : left + across] = lines.view(tall, across, channels).transpose(0, 1)
     inner = F.embedding_bag(columns.source, upright.view(width + 1, -1), mode="sum", per_sample_weights=columns.weight)
-    inner = inner.add_(0.5).clamp_(0, 255).to(torch.uint8)  # rounds half up, as fixed-point arithmetic does
+    inner = inner.add_(0.5).clamp_(0, 255)  # rounds half up, as fixed-point arithmetic does
+    levels = torch.from_numpy(inner.numpy().astype(np.uint8))  # a quarter of torch's time
 
-    out = _canvas(size // stride, border).clone()
-    inner = inner.view(len(columns.source), len(rows.source), channels)
-    out[rows.first : rows.last, columns.first : columns.last] = inner.transpose(0, 1)
+    out = _canvas(side, border).clone()
+    out[rows.first : rows.last, columns.first : columns.last] = levels.view(wide, tall, channels).transpose(0, 1)
     return out.numpy()
 
 
@@ -301,7 +330,8 @@ def _across(maps: torch.Tensor, width: int, bands: list[_Band]) -> torch.Tensor:
 def _inverse_matrix(taps: _Taps, n_out: int, upsampling: torch.Tensor) -> torch.Tensor:
     """Apply the taps to the rows of an upsampling matrix (n_source + 1, n): float64 (n_out, n)."""
     matrix = torch.zeros(n_out, upsampling.shape[1], dtype=torch.float64)
-    matrix[taps.first : taps.last] = (taps.weight[:, :, None] * upsampling[taps.source]).sum(dim=1)
+    place = torch.from_numpy(np.append(taps.used, len(upsampling) - 1))[taps.source]
+    matrix[taps.first : taps.last] = (taps.weight[:, :, None] * upsampling[place]).sum(dim=1)
     return matrix
 
 

@@ -15,6 +15,7 @@ from ris_core.data.letterbox import (
     Mode,
     letterbox_image,
     letterbox_mask,
+    letterbox_masks,
     letterbox_matrix,
     unletterbox,
 )
@@ -111,13 +112,14 @@ def test_an_image_of_the_right_size_passes_unchanged() -> None:
 
 
 def test_the_shortcut_for_the_right_size_equals_the_general_path() -> None:
-    from ris_core.data import letterbox
-
     image = np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    general = letterbox._warp(image, 96, 1, BORDER_RGB, "cubic", "opencv4")
+    taps = letterbox._forward_taps(96, 96, 96, 1, "cubic", "opencv4")
+    general = letterbox._warp(letterbox._used(image, *taps), *taps, 96, BORDER_RGB)
     np.testing.assert_array_equal(general, image)
     mask = image[:, :, :1] // 128 * 255
-    np.testing.assert_array_equal(letterbox._warp(mask, 96, 4, (0,), "linear", "opencv4"), mask[::4, ::4])
+    taps = letterbox._forward_taps(96, 96, 96, 4, "linear", "opencv4")
+    coarse = letterbox._warp(letterbox._used(mask, *taps), *taps, 24, (0,))
+    np.testing.assert_array_equal(coarse, mask[::4, ::4])
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 1), (5, 700)])
@@ -193,3 +195,35 @@ def test_bands_of_the_matrices_give_what_the_whole_ones_give(
         whole.append(unletterbox(maps, height, width, 104, upsampling=upsampling))  # type: ignore[arg-type]
     letterbox._inverse_matrices.cache_clear()
     torch.testing.assert_close(*whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (50, 30), (700, 2000)])
+def test_strips_change_no_pixel(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = letterbox_image(image, 104)
+    for strip in (7, 10_000):
+        monkeypatch.setattr(letterbox, "STRIP", strip)
+        assert np.array_equal(letterbox_image(image, 104), expected)
+
+
+def test_a_target_looks_at_few_of_a_masks_pixels_wherever_they_lie_in_memory() -> None:
+    mask = np.random.default_rng(0).random((480, 640)) > 0.5
+    rows, columns = letterbox._forward_taps(480, 640, 416, 4, "linear", "opencv4")
+    assert len(rows.used) <= 2 * 104
+    assert len(columns.used) <= 2 * 104
+    whole = letterbox_mask(mask, 416)[::4, ::4]
+    assert np.array_equal(letterbox_mask(mask, 416, 4), whole)
+    assert np.array_equal(letterbox_mask(np.asfortranarray(mask), 416, 4), whole)
+
+
+def test_masks_at_once_are_those_one_by_one() -> None:
+    some = [np.random.default_rng(seed).random((60, 90)) > 0.5 for seed in range(3)]
+    for size, stride in ((64, 4), (64, 1), (60, 2)):
+        for mode in ("opencv4", "exact"):
+            together = letterbox_masks(some, size, stride, mode)  # type: ignore[arg-type]
+            assert together.shape == (3, size // stride, size // stride)
+            for mask, found in zip(some, together, strict=True):
+                assert np.array_equal(found, letterbox_mask(mask, size, stride, mode))  # type: ignore[arg-type]
+    assert letterbox_masks([], 64, 4).shape == (0, 16, 16)
+    with pytest.raises(DataError, match=r"got shape \(60, 90\), \(60, 91\)"):
+        letterbox_masks([some[0], np.zeros((60, 91))], 64)
