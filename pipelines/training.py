@@ -105,6 +105,7 @@ def trained(params: Params, training: Training) -> tuple[Checkpoint, str]:
     done = left.checkpoints.load() if left.ended(training.params.epochs) else None
     if done is not None and done.position.epoch >= training.params.epochs:  # else the newest one was damaged
         print(f"{name} was trained to its end before: nothing is left to do", file=sys.stderr)
+        left.checkpoints.conclude()
         return done, name
     check_splits(training.dataset, ["train", training.params.validate_split])
     from pipelines import ray_training  # takes seconds
@@ -115,4 +116,5 @@ def trained(params: Params, training: Training) -> tuple[Checkpoint, str]:
         raise ClusterError(
             f"{name} was trained to its end, but {left.storage.place} does not hold that any more: start again"
         )
+    left.checkpoints.conclude()
     return done, name

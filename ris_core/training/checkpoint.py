@@ -8,6 +8,7 @@
 
 The schedule, the sampler and the random numbers of a step are functions of that position, so these files are all that is
 needed to go on exactly. Weights that training does not change are in none of them: they come from what it started with.
+Of a training that has ended only the best weights and the position stay, see `Checkpoints.conclude`.
 `state.json` is written last and holds its own checksum, so a checkpoint is found whole or found damaged, on a disk and in a
 bucket alike.
 """
@@ -82,6 +83,11 @@ class Checkpoint:
     average: Weights | None = None
     best: Weights | None = None
 
+    @property
+    def is_concluded(self) -> bool:
+        """Tell whether it is what `Checkpoints.conclude` leaves, from which no training goes on."""
+        return not self.optimizer
+
     def restore(self, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Give optimiser (Adam or AdamW) and gradient scaler their states back.
 
@@ -138,8 +144,10 @@ class Checkpoints:
         try:
             position, files = self._state(name)
             state = {kind: self._weights(name, files, kind) for kind in ("last", "average", "best")}
-            with self._checked(name, OPTIMIZER, files) as path:
-                optimizer = _optimizer(path)
+            optimizer: dict[str, Any] = {}
+            if OPTIMIZER in files:  # it goes with the last weights, `_files` sees to that
+                with self._checked(name, OPTIMIZER, files) as path:
+                    optimizer = _optimizer(path)
         except FileNotFoundError as error:
             raise WeightsError(f"the checkpoint {place} is not whole ({error})") from error
         except BadFile as error:
@@ -148,8 +156,7 @@ class Checkpoints:
             raise WeightsError(f"the checkpoint {place} is damaged ({error})") from error
         if (position.best_epoch > 0) != (state["best"] is not None):
             raise WeightsError(f"the checkpoint {place} is damaged ({STATE}: files do not go with the position)")
-        assert state["last"] is not None  # `_files` sees to it
-        return Checkpoint(position, state["last"], optimizer, state["average"], state["best"])
+        return Checkpoint(position, state["last"] or {}, optimizer, state["average"], state["best"])
 
     def position(self) -> Position | None:
         """Tell where the newest checkpoint stands, without its weights; None where there is none that can be read."""
@@ -179,12 +186,25 @@ class Checkpoints:
             buffer = io.BytesIO()
             torch.save(checkpoint.optimizer, buffer)
             self._put(name, OPTIMIZER, buffer.getvalue(), files)
-            content = {"format": FORMAT, **asdict(checkpoint.position), "files": files}
-            text = json.dumps({**content, "sha256": _seal(content)}, indent=1)
-            self.storage.write(f"{name}/{STATE}", text.encode())
+            self._write_state(name, checkpoint.position, files)
         except ClusterError as error:
             raise ClusterError(f"no checkpoint could be written: {error}; {self._give_up(name)}") from error
         self._damaged.discard(name)
+
+    def conclude(self) -> None:
+        """Keep of a training that has ended the best weights and the position: nothing goes on from it any more.
+
+        What is left is a checkpoint without `model` and `optimizer`, a fifth of one with Adam's moments, and the only one.
+        """
+        name = self.names()[-1]
+        position, files = self._state(name)
+        best = {kind: entry for kind, entry in files.items() if kind == "best.safetensors"}
+        if files != best and best:
+            self._write_state(name, position, best)
+        stored = {f"{name}/{file}" for file, _ in best.values()} | {f"{name}/{STATE}"}
+        for each in self.storage.names():
+            if NAME.fullmatch(each.split("/")[0]) and each not in stored and best:
+                self.storage.delete(each)
 
     def save_beside(self, checkpoint: Checkpoint) -> None:
         """Write like `save` while training goes on; nothing of `checkpoint` may change any more. Waits for the one before.
@@ -200,6 +220,11 @@ class Checkpoints:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+
+    def _write_state(self, name: str, position: Position, files: dict[str, list[str]]) -> None:
+        content = {"format": FORMAT, **asdict(position), "files": files}
+        text = json.dumps({**content, "sha256": _seal(content)}, indent=1)
+        self.storage.write(f"{name}/{STATE}", text.encode())
 
     def _make_room(self, name: str) -> None:
         """Remove what is not to stand beside the checkpoint of that name: older ones, and halves, one of its own among them."""
@@ -265,7 +290,8 @@ def _files(content: Plain) -> dict[str, list[str]]:
     entries = [*files.values()] if isinstance(files, dict) else [None]
     if not all(isinstance(each, list) and len(each) == 2 and all(isinstance(x, str) for x in each) for each in entries):
         raise ConfigError(f"{STATE}: files missing, or not a name and a checksum each")
-    if missing := {"last.safetensors", OPTIMIZER} - set(files):
+    needed = {"last.safetensors", OPTIMIZER} if set(files) != {"best.safetensors"} else set()  # of one that has ended
+    if missing := needed - set(files):
         raise ConfigError(f"{STATE}: files: {', '.join(sorted(missing))} missing")
     return files
 

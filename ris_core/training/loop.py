@@ -71,6 +71,9 @@ class Trainer:
             )
         if checkpoint is None:
             return
+        self.position, self.best = position, checkpoint.best
+        if checkpoint.is_concluded:  # all there is to do is to tell what was logged
+            return
         title = "The checkpoint of this run does not fit its model"
         load_strictly(self.model, completed(checkpoint.model, self.model), title)
         checkpoint.restore(self.optimizer, self.scaler)
@@ -78,7 +81,6 @@ class Trainer:
             assert isinstance(self.average.module, MapSystem)
             load_strictly(self.average.module, completed(checkpoint.average or {}, self.average.module), title)
             self.average.n_averaged.fill_(checkpoint.optimizer["averaged"])
-        self.position, self.best = position, checkpoint.best
         if self.runtime.rank == 0:
             print(f"resuming at epoch {position.epoch + 1}, step {position.step}", file=sys.stderr)
 

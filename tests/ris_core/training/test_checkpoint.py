@@ -793,3 +793,36 @@ def test_frozen_weights_are_left_out_and_come_from_the_model() -> None:
     assert whole.keys() == model.state_dict().keys()
     assert {name for name, value in whole.items() if not (value == 9).all()} == {"0.weight", "2.weight"}
     assert torch.equal(whole["2.weight"], model[0].weight)
+
+
+def test_of_a_training_that_has_ended_the_best_weights_and_the_position_stay(storage: Storage) -> None:
+    written = Checkpoints(storage)
+    for step in (3, 5):
+        written.save(example(step))
+    for _ in range(2):  # again, it finds nothing to do
+        written.conclude()
+        assert storage.names() == ["00001-0000005/best.safetensors", "00001-0000005/state.json"]
+        found = Checkpoints(storage).load()
+        assert found is not None
+        assert found.is_concluded
+        assert (found.position, found.model, found.average) == (example(5).position, {}, None)
+        assert same(found.best, example(5).best)
+    assert not example().is_concluded
+
+
+def test_best_weights_that_are_stored_as_others_stay(local: Storage) -> None:
+    saved = example()
+    saved.best = saved.average
+    Checkpoints(local).save(saved)
+    Checkpoints(local).conclude()
+    assert local.names() == ["00001-0000005/average.safetensors", "00001-0000005/state.json"]
+    found = Checkpoints(local).load()
+    assert found is not None
+    assert same(found.best, saved.average)
+
+
+def test_what_was_concluded_is_checked_as_ever(local: Storage) -> None:
+    Checkpoints(local).save(example())
+    Checkpoints(local).conclude()
+    local.delete("00001-0000005/best.safetensors")
+    assert Checkpoints(local).load() is None

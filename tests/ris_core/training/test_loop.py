@@ -531,6 +531,21 @@ def test_what_is_waited_for_is_the_loader_and_not_the_step() -> None:
     assert 0.06 <= waiting.seconds < 0.3, "less than the three steps took"
 
 
+def test_a_training_that_was_concluded_tells_again_what_was_logged_and_trains_no_more(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tiny, plain(tmp_path))
+    logged: list[tuple[dict[str, float], int]] = []
+    trainer.fit(lambda metrics, step: logged.append((metrics, step)))
+    best = trainer.best_weights()
+    plain(tmp_path).checkpoints.conclude()
+    again = trainer_of(tiny, plain(tmp_path))
+    told: list[int] = []
+    again.fit(lambda metrics, step: told.append(step))
+    assert told == [int(row["step"]) for row in trainer.position.points] != []
+    assert_equal(again.best_weights(), best)
+
+
 def test_bfloat16_trains(tiny: Tiny, tmp_path: Path) -> None:
     trainer = trainer_of(tiny, plain(tmp_path), precision="bf16", epochs=1, steps_per_epoch=2)
     trainer.fit()
