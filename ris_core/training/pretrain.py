@@ -29,11 +29,12 @@ from ris_core.data.shapes.wording import LOCATION_WORDS
 from ris_core.data.text import encode, pad_token_batch
 from ris_core.errors import ConfigError, DataError
 from ris_core.models.clip import encode_words, normalise, resnet_feature_maps, vit_patch_map
-from ris_core.models.layers import attention_pool_map
+from ris_core.models.layers import attention_pool_map, position_map
 from ris_core.options import option
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
+    from open_clip.modified_resnet import AttentionPool2d
 
 HELD_OUT = 0.1  # share of the captioned images that only measure
 RETRIEVAL_AMONG = 128
@@ -121,9 +122,15 @@ def _letterboxed(bbox: list[float], matrix: np.ndarray) -> list[float]:
 
 
 def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.device) -> dict[str, float]:
-    """Train `clip` in place and return its held-out scores beside chance (see `measure`). Deterministic per device."""
-    from open_clip.loss import ClipLoss
+    """Train `clip`, of random weights, in place and return its held-out scores beside chance (see `measure`).
 
+    Deterministic per device.
+    """
+    from open_clip.loss import ClipLoss
+    from open_clip.modified_resnet import ModifiedResNet
+
+    if isinstance(clip.visual, ModifiedResNet):
+        begin_local(clip.visual.attnpool)
     order = np.random.default_rng(params.seed).permutation(len(data.pixels))
     held = min(max(RETRIEVAL_AMONG, round(HELD_OUT * len(order))), len(order) // 2)
     training, testing = data.subset(order[held:]), data.subset(order[:held])
@@ -171,6 +178,18 @@ def pretrain_clip(clip: CLIP, data: Captions, params: ClipParams, device: torch.
                 print(f"pretrain_clip step {step + 1}/{params.steps}  loss {mean:.3f}", file=sys.stderr)
     clip.token_embedding.sparse = False
     return measure(clip, testing, device)
+
+
+@torch.no_grad()
+def begin_local(pool: AttentionPool2d) -> None:
+    """Let each place of a new attention pool attend to itself first: sine positions, and keys made as queries are.
+
+    At random every place attends to all alike, so that the map is the same everywhere: what lies where is learned late.
+    """
+    places, width = pool.positional_embedding.shape
+    side = math.isqrt(places - 1)
+    pool.positional_embedding[1:] = position_map(width, side, side, pool.positional_embedding.device)
+    pool.k_proj.load_state_dict(pool.q_proj.state_dict())
 
 
 def draw(data: Captions, params: ClipParams, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from ris_core.data.shapes.expressions import (
     Rank,
     Relation,
     likely_places,
+    propose,
     propose_relation,
     solve,
 )
@@ -63,6 +64,7 @@ LOCATION_WORDS = frozenset(f"{_SIDE_WORDS} {_ORDER_WORDS}".split())
 _OUTERMOST = {"left": "leftmost", "right": "rightmost", "top": "highest", "bottom": "lowest"}
 _SYNONYM_SHARE = 0.25
 _SLIP_SHARE = 0.025
+_LOTS = 4  # drawn for a caption that tells a thing from its like
 
 
 def phrase(program: Program, rng: Random) -> str:
@@ -135,11 +137,11 @@ def scene_captions(scene: Scene, rng: Random) -> list[str]:
 
 
 def region_captions(scene: Scene, index: int, rng: Random) -> list[str]:
-    """Write one or two true captions of one thing."""
+    """Write true captions of one thing: how it looks, half the time where it is, and what tells it from its like."""
     captions = [_with_article(_described(scene, index, rng, 0.6), rng)]
     if rng.random() < 0.5:
         captions.append(_placed(scene, index, rng))
-    return captions
+    return captions + _told_apart(scene, index, rng)
 
 
 def say(word: str, rng: Random) -> str:
@@ -252,6 +254,17 @@ def _placed(scene: Scene, index: int, rng: Random) -> str:
     where = rng.choice(likely_places(scene, index))
     preposition = "on" if where in ("left", "right") else "in" if where == "middle" else "at"
     return f"{_with_article(_described(scene, index, rng, 0.3), rng)} {preposition} the {say(where, rng)}"
+
+
+def _told_apart(scene: Scene, index: int, rng: Random) -> list[str]:
+    """Name a thing by its order, by how it lies to another, by its size: each where a lot drawn means it alone."""
+    captions = []
+    for kind in ("order", "relation", "size"):
+        lots = (propose(kind, scene, index, (*DIRECTIONS, *PLAIN_RELATIONS), rng) for _ in range(_LOTS))
+        fair = next((lot for lot in lots if lot and solve(lot, scene) == index), None)
+        if fair:
+            captions.append(phrase(fair, rng))
+    return captions
 
 
 def _listed(parts: Sequence[str], rng: Random) -> str:

@@ -26,6 +26,7 @@ from ris_core.training.pretrain import (
     ClipParams,
     Tokens,
     Views,
+    begin_local,
     cells_of,
     dense_map,
     draw,
@@ -178,6 +179,24 @@ def test_the_dense_map_of_a_resnet_is_on_its_last_grid(captions: Captions, clip:
     assert patches.shape == (3, 32, SIZE // 32, SIZE // 32)
 
 
+def test_a_new_attention_pool_begins_with_places_that_attend_to_themselves() -> None:
+    torch.manual_seed(0)
+    pool = build_clip("tiny_rn").visual.attnpool
+
+    def own_share() -> float:
+        """What a place's attention gives to itself in place of equal shares, as a mean."""
+        x = torch.rand(8, 16, pool.positional_embedding.shape[1]) + pool.positional_embedding[1:]
+        query, key = (
+            part(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for part in (pool.q_proj, pool.k_proj)
+        )
+        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        return 16 * weights.diagonal(dim1=-2, dim2=-1).mean().item()
+
+    assert own_share() == pytest.approx(1, abs=0.1)
+    begin_local(pool)
+    assert own_share() > 1.5
+
+
 def test_other_towers_have_no_dense_map(clip: nn.Module) -> None:
     clip.visual = nn.Identity()
     with pytest.raises(ConfigError, match="no dense map of a Identity: take CLIP's own ResNet or ViT"):
@@ -320,7 +339,9 @@ def test_scores_are_measured_on_images_that_were_not_trained_on(
 
 
 def places(text: str) -> bool:
-    return any(word in text.split() for word in ("left", "right", "top", "bottom", "middle", "center"))
+    words = "left right top bottom middle center above over below under beneath leftmost rightmost highest lowest"
+    ranks = "first second third fourth fifth"
+    return any(word in f"{words} {ranks}".split() for word in text.split())
 
 
 def test_chance_levels(captions: Captions, clip: nn.Module) -> None:

@@ -25,7 +25,17 @@ from ris_core.data.shapes.expressions import (
 )
 from ris_core.data.shapes.flavours import ARTICLES, FLAVOURS, Expression, describe
 from ris_core.data.shapes.scenes import Scene, Thing, sample_scene, settle
-from ris_core.data.shapes.wording import LOCATION_WORDS, SYNONYMS, clean, long_phrase, phrase, scene_captions, typed
+from ris_core.data.shapes.wording import (
+    LOCATION_WORDS,
+    SYNONYMS,
+    clean,
+    long_phrase,
+    phrase,
+    region_captions,
+    scene_captions,
+    typed,
+)
+from ris_core.data.text import expression_kind
 
 CANVAS = 160
 
@@ -350,3 +360,19 @@ def test_scene_captions_name_everything(described: dict) -> None:
                 assert pairs == [(scene.things[i].colour, scene.things[i].shape) for i in from_start], caption
                 ordered += 1
     assert ordered > 10
+
+
+def test_captions_of_order_and_relation_are_of_one_thing_alone(described: dict) -> None:
+    """There are many of either kind, and none is said of two things of a scene."""
+    found: Counter[str] = Counter()
+    for index, (scene, _) in enumerate(described["shapes"]):
+        rng = Random(index)
+        said = Counter(
+            caption
+            for i in range(len(scene.things))
+            for caption in set(region_captions(scene, i, rng))
+            if expression_kind(caption) in ("order", "relation")
+        )
+        assert set(said.values()) <= {1}, said
+        found.update(map(expression_kind, said))
+    assert min(found["order"], found["relation"]) > 100
