@@ -22,7 +22,8 @@ from pipelines.fetching.mirrors import Mirrors
 from pipelines.fetching.photos import AT_ONCE, fetch_photos, lacking, referred
 from pipelines.fetching.recipes import next_steps
 from pipelines.fetching.sources import Sources
-from pipelines.fetching.stock import Stock, size
+from pipelines.fetching.stock import Stock
+from pipelines.room import size
 from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import ConfigError, DataError, RISError, list_problems
 

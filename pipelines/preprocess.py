@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from pipelines import inputs, parts, paths
+from pipelines import inputs, parts, paths, room
 from pipelines.stage import check_names, params, run
-from ris_core.data.records import count_records, read_records
-from ris_core.data.shards import MANIFEST, PreprocessParams, ShardOptions, write_manifest, write_shard
+from ris_core.data.records import count_records, count_references, read_records
+from ris_core.data.shards import MANIFEST, PreprocessParams, ShardOptions, expected_bytes, write_manifest, write_shard
 from ris_core.errors import DataError, list_problems
 from ris_core.options import Plain
 
@@ -37,6 +37,7 @@ def build(records: Path, image_root: Path, out: Path, dataset: str, chosen: Prep
     count, options = count_records(records), chosen.shards()
     code = inputs.digest_of(inputs.code_of("preprocess"))
     with parts.collected(out, options, chosen.images_per_shard, code) as work:
+        check_room(work, expected_bytes(count, count_references(records), options) + records.stat().st_size)
         tasks = shard_tasks(records, count, image_root, work, options, chosen.images_per_shard)
         entries = parts.run_tasks(tasks, write_one, names=photos_of)
         quarantined = [f"{bad['file_name']}: {bad['reason']}" for entry in entries for bad in entry["quarantined"]]
@@ -48,6 +49,17 @@ def build(records: Path, image_root: Path, out: Path, dataset: str, chosen: Prep
         manifest = write_manifest(work, dataset, options, entries)
         parts.keep_only(work, [MANIFEST, *(entry["file"] for entry in entries)])
     return manifest
+
+
+def check_room(work: Path, needed: int) -> None:
+    """Tell what shards will take on disk; raise ConfigError where that is not free. Those that are there are counted."""
+    left = needed - sum(file.stat().st_size for file in work.iterdir())
+    print(
+        f"shards: about {room.size(needed)}, and as much again in DVC's cache unless it can link (docs/real-data.md, Disk); "
+        f"{room.size(room.free(work))} are free",
+        file=sys.stderr,
+    )
+    room.check(work.parent, left, "preprocess", "make room, or set preprocess.storage: jpeg, an eighth of pixels")
 
 
 def shard_tasks(

@@ -104,7 +104,7 @@ class Scored:
         header = given.header
         refused = {name: why for name, each in PROTOCOLS.items() if (why := unscored(each, given))}
         protocols = [protocol for name, protocol in PROTOCOLS.items() if name not in refused]
-        found = tables(given.given, store, split, protocols, header.side)
+        found = tables(given.given, store, split, protocols, header.side, f"scoring {file.name}")
         metrics = {p.name: {split: summary(found[p.name], p, params)} for p in protocols}
         if protocols:
             control = swapped_table(given.given, store, split, protocols[0], params.seed, header.side)

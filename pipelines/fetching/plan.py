@@ -11,7 +11,8 @@ from pipelines.fetching.download import part_bytes
 from pipelines.fetching.mirrors import Mirrors
 from pipelines.fetching.photos import lacking, referred
 from pipelines.fetching.sources import shown
-from pipelines.fetching.stock import Stock, size
+from pipelines.fetching.stock import Stock
+from pipelines.room import size
 from ris_core.data.refer.reader import DatasetName
 
 UNPACKED = 5  # times an archive of annotations: JSON and pickles

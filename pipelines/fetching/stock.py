@@ -12,16 +12,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines import room
 from pipelines.fetching import unpack
 from pipelines.fetching.catalogue import PHOTOS
 from ris_core.data.refer.reader import DatasetName
-from ris_core.errors import ConfigError, DataError, list_problems
+from ris_core.errors import DataError, list_problems
 from ris_core.files import PARTIAL, replaced_folder, write_json
 
 FETCHED = "fetched"
@@ -113,16 +113,11 @@ class Stock:
 
     def check_room(self, needed: int, what: str) -> None:
         """Raise ConfigError unless so many bytes are free for what will be done."""
-        if needed > (free := self.free()):
-            raise ConfigError(
-                f"{what}: that takes {size(needed)} in {self.folder}, where {size(free)} are free: make room, or fetch to "
-                "another disk with --to"
-            )
+        room.check(self.folder, needed, what, "make room, or fetch to another disk with --to")
 
     def free(self) -> int:
         """Tell how many bytes are free on the disk of the folder, which need not be there yet."""
-        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.is_dir())
-        return shutil.disk_usage(there).free
+        return room.free(self.folder)
 
     @property
     def _receipt(self) -> Path:
@@ -137,12 +132,6 @@ def link(kept: Path, place: Path) -> None:
         os.link(kept, place)
     except OSError:  # another disk, as where the dataset's folder is a link, or a file system without hard links
         place.symlink_to(kept.resolve())
-
-
-def size(count: int) -> str:
-    """Give bytes as people read them."""
-    power = min((len(str(count)) - 1) // 3, 3)
-    return f"{count / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB')[power]}" if power else f"{count} bytes"
 
 
 def _is_annotation(name: str) -> bool:

@@ -103,6 +103,9 @@ RECORDS_SCHEMA = pa.schema(
 )
 
 
+_REF_ID = "refs.list.element.ref_id"  # of RECORDS_SCHEMA's columns as Parquet calls them
+
+
 def write_records(path: str | Path, records: Sequence[ImageRecord], dataset: str) -> None:
     """Write records to a Parquet file, one row per image in the given order; equal records give equal bytes.
 
@@ -141,6 +144,14 @@ def count_records(path: str | Path) -> int:
     """Count the records (images) that a file holds, from its footer alone. Raises DataError as `read_records` does."""
     with _opened(Path(path)) as file:
         return int(file.metadata.num_rows)
+
+
+def count_references(path: str | Path) -> int:
+    """Count the referents that a file holds, from its footer alone. Raises DataError as `read_records` does."""
+    with _opened(Path(path)) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+        return sum(column.num_values for column in columns if column.path_in_schema == _REF_ID)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ SCHEMA_VERSION = 3
 TARGET_STRIDE = 4  # pixels per cell of training targets: that of every system here; 2 % more bytes beside pixels
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 95
+BYTES_PER_PIXEL = {"pixels": 3.0, "jpeg": 0.38}  # of photos of 640x480 at 416 and 560 a side, letterboxed
 WRITE_PIECE = 1 << 20
 
 _SENTENCE = pa.struct([("sent_id", pa.int64()), ("sent", pa.string()), ("raw", pa.string())])
@@ -92,6 +93,12 @@ class PreprocessParams:
     def shards(self) -> ShardOptions:
         """Give what decides a shard's content."""
         return ShardOptions(self.image_size, self.storage, cast("Mode", self.resample))
+
+
+def expected_bytes(images: int, referents: int, options: ShardOptions) -> int:
+    """Estimate what shards take on disk, without masks and sentences, some kB an image; of a JPEG's size what photos have."""
+    pixels = options.image_size**2
+    return round(images * pixels * BYTES_PER_PIXEL[options.storage] + referents * pixels / TARGET_STRIDE**2)
 
 
 def shard_fingerprint(records: Sequence[ImageRecord], image_root: Path, options: ShardOptions) -> str:

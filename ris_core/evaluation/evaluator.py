@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from tqdm import tqdm
 
 from ris_core.data import masks
 from ris_core.data.dataset import ShardStore
@@ -66,12 +67,19 @@ def evaluate(
     split: str,
     expressions_per_batch: int = EXPRESSIONS_PER_BATCH,
     with_objects: bool = True,
+    progress: str | None = None,
 ) -> pa.Table:
     """Score the answers to `queries` under one protocol and return a table with `TABLE_SCHEMA`; see `evaluate_all`."""
     job = Job("", protocol, split, queries)
-    return evaluate_all(answer, store, [job], expressions_per_batch=expressions_per_batch, with_objects=with_objects)[
-        ""
-    ]
+    tables = evaluate_all(
+        answer,
+        store,
+        [job],
+        expressions_per_batch=expressions_per_batch,
+        with_objects=with_objects,
+        progress=progress,
+    )
+    return tables[""]
 
 
 @torch.inference_mode()
@@ -83,6 +91,7 @@ def evaluate_all(
     expressions_per_batch: int = EXPRESSIONS_PER_BATCH,
     with_objects: bool = True,
     with_counts: bool = False,
+    progress: str | None = None,
 ) -> dict[str, pa.Table]:
     """Score the answers to several jobs and return for each, by name, a table with `TABLE_SCHEMA`, rows as its queries.
 
@@ -94,7 +103,7 @@ def evaluate_all(
     best-covered one the right one?) and adds the expectation of picking one of these objects at random; without it
     these columns are null. `kind` is `several` or `none` where not exactly one object is meant. The target of a referent
     that has not exactly one is no object that other answers are compared with. `with_counts` adds the answers' masks, as
-    run lengths, in a column COUNTS.
+    run lengths, in a column COUNTS. `progress` is the title of a bar on a terminal.
     """
     asked = [of_images(job.queries) for job in jobs]
     schema = TABLE_SCHEMA.append(pa.field(COUNTS, pa.string())) if with_counts else TABLE_SCHEMA
@@ -102,6 +111,7 @@ def evaluate_all(
     texts: dict[int, set[str]] = {}
     for image in sorted({image for each in asked for image in each}):
         texts[image] = {query.text for each in asked for query in each.get(image, ())}
+    bar = tqdm(total=len(texts), desc=progress, unit="img", disable=None if progress else True, leave=False)
     for images in batched({image: len(said) for image, said in texts.items()}, expressions_per_batch):
         told = answer.about(store, [query for image in images for each in asked for query in each.get(image, ())])
         for image in images:
@@ -113,6 +123,8 @@ def evaluate_all(
                         columns[name] += values
                     if with_counts:
                         columns[COUNTS] += [masks.encode(mask) for mask in answers.masks.cpu().numpy()]
+            bar.update()
+    bar.close()
     return {job.name: _table(columns, schema) for job, columns in zip(jobs, found, strict=True)}
 
 

@@ -54,13 +54,18 @@ class FinishedAnswers(Answerer):
 
 
 def tables(
-    given: Mapping[Key, Finished], store: ShardStore, split: str, protocols: Sequence[Protocol], side: int | None = None
+    given: Mapping[Key, Finished],
+    store: ShardStore,
+    split: str,
+    protocols: Sequence[Protocol],
+    side: int | None = None,
+    progress: str | None = None,
 ) -> dict[str, pa.Table]:
     """Score finished masks under each protocol: tables of `evaluator.TABLE_SCHEMA` by its name, rows in the data's order.
 
     They are compared once for each resolution and least area: the rest of a protocol chooses among rows, or says how they
     are counted.
-    `given` has every expression that a protocol asks about.
+    `given` has every expression that a protocol asks about. `progress` is the title of a bar on a terminal.
     """
     scored: dict[tuple[str | int, int], tuple[pa.Table, dict[Key, int]]] = {}
     found = {}
@@ -68,7 +73,7 @@ def tables(
         queries = queries_of(store, split, protocol)
         seen = protocol.resolution, protocol.least_area
         if seen not in scored:
-            table = evaluate(FinishedAnswers(given, side), store, queries, protocol, split=split)
+            table = evaluate(FinishedAnswers(given, side), store, queries, protocol, split=split, progress=progress)
             scored[seen] = table, {(q.ref_id, q.sent_id): i for i, q in enumerate(queries)}
         table, rows = scored[seen]
         found[protocol.name] = _as_asked(table.take([rows[q.ref_id, q.sent_id] for q in queries]), queries, given)

@@ -12,8 +12,8 @@ from pipelines_world import DATASET, Workplace, contents
 
 from pipelines import parts, paths, preprocess
 from ris_core.data.dataset import ShardStore
-from ris_core.data.shards import PreprocessParams
-from ris_core.errors import DataError
+from ris_core.data.shards import PreprocessParams, ShardOptions, expected_bytes, write_shard
+from ris_core.errors import ConfigError, DataError
 from ris_core.options import Plain
 
 if TYPE_CHECKING:
@@ -65,6 +65,29 @@ def test_one_worker_writes_the_same_bytes_as_four(
     assert set(undisturbed) == {"manifest.json", *(f"part-{i:05d}.arrow" for i in range(SHARDS))}
     store = ShardStore(tmp_path / "shards")
     assert [store.row(i)["image_id"] for i in range(len(store))] == [record.image_id for record in tiny.records()]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preprocess.parts, "run_tasks", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(preprocess.room, "free", lambda _: 100_000)
+    with pytest.raises(
+        ConfigError, match=r"preprocess: that takes \d+\.\d kB in \S+, where 100\.0 kB are free: make room"
+    ):
+        build(tiny, tmp_path / "shards")
+    assert "as much again in DVC's cache" in capsys.readouterr().err
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("storage", ["pixels", "jpeg"])
+def test_what_shards_take_is_told_about_rightly(storage: str, tmp_path: Path) -> None:
+    from benchmarks.samples import SENTENCES_OF_REFS, write_images
+
+    options = ShardOptions(416, storage)
+    entry = write_shard(tmp_path / "a.arrow", write_images(tmp_path, 4), tmp_path, options)
+    told = expected_bytes(entry["images"], entry["images"] * len(SENTENCES_OF_REFS), options)
+    assert told == pytest.approx((tmp_path / "a.arrow").stat().st_size, rel=0.25)
 
 
 def test_a_bad_image_is_set_aside_and_named(

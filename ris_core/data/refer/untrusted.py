@@ -14,7 +14,8 @@ from typing import Any
 from ris_core.data.refer.plain_pickle import NotPlain, read_plain_pickle
 from ris_core.errors import DataError
 
-PICKLE_CAP_BYTES = 100 * 2**20  # the largest official refs file is well below half of this
+# The largest official refs file is well below 50 MB. What is read takes 14 times its size of memory at most, see plain_pickle.
+PICKLE_CAP_BYTES = 2**30
 
 _LOOKALIKES = (
     (b"version https://git-lfs", "is a git-LFS pointer, not the file itself: run `git lfs pull` where it came from"),

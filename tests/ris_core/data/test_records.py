@@ -11,6 +11,7 @@ from ris_core.data.records import (
     Reference,
     Sentence,
     count_records,
+    count_references,
     read_records,
     write_records,
 )
@@ -44,6 +45,7 @@ def test_a_share_of_a_file_is_a_slice_across_its_row_groups(tmp_path: Path) -> N
     records, edge = some_records(2 * ROW_GROUP_IMAGES + 10), ROW_GROUP_IMAGES
     write_records(tmp_path / "r.parquet", records, "shapes")
     assert count_records(tmp_path / "r.parquet") == len(records)
+    assert count_references(tmp_path / "r.parquet") == sum(len(record.refs) for record in records)
     ends = len(records)
     for first, last in [(0, 3), (edge - 2, edge + 2), (edge, 2 * edge), (5, ends - 5), (ends - 1, ends + 9), (7, 7)]:
         assert read_records(tmp_path / "r.parquet", first, last) == records[first:last]
