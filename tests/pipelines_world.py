@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,3 +166,8 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative name."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def blocks_of(page: str, language: str) -> list[str]:
+    """The blocks of a language in a page of this repository, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (REPOSITORY / page).read_text(), re.DOTALL | re.MULTILINE)

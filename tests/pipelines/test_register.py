@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from pipelines_world import Workplace, contents, export_untrained
+from pipelines_world import Workplace, blocks_of, contents, export_untrained
 
 from pipelines import cluster, evaluate, fingerprint, paths, register, tracking, versions
 from pipelines.params import Params
@@ -576,3 +577,22 @@ def test_the_example_of_a_version_is_a_picture(workplace: Workplace, store: Path
     assert [column.name for column in model.signature.outputs] == ["counts", "height", "width", "score", "error"]
     example = mlflow.pyfunc.load_model(f"models:/{NAME}@champion").input_example
     assert Image.open(io.BytesIO(base64.b64decode(example["image"][0]))).size == (64, 48)
+
+
+def test_the_readmes_lines_for_the_registry_do_what_they_say(
+    workplace: Workplace, migrated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("mlflow").mkdir()
+    shutil.copy(migrated_store, "mlflow/mlflow.db")
+    evaluated(workplace, 0.5)
+    register.main("cris", "shapes")
+    shutil.copy(workplace.tiny.raw / workplace.tiny.records()[0].file_name, "street.jpg")
+    (_, registry_lines) = blocks_of("README.md", "python")
+    head, _, call = registry_lines.partition("model.predict(")
+    names: dict[str, Any] = {}
+    exec(compile(f"{head}found = model.predict({call}", "README.md", "exec"), names)
+    (row,) = names["found"].to_dict("records")
+    assert (row["height"], row["width"]) == np.asarray(Image.open("street.jpg")).shape[:2]
+    assert masks.decode(row["counts"], row["height"], row["width"]).shape == (row["height"], row["width"])
+    assert not row["error"]
