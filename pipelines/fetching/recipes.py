@@ -70,7 +70,11 @@ def next_steps(name: DatasetName, dataset: Path, expected: Path, weights: Sequen
         lines[-2:] = ["  presets: # one more of them", lines[-1]]
     choice = [other for other, _ in usable] or RECIPES
     others = ", ".join(other.of(name) for other in choice if other is not recipe)
-    lines += [f"  (other presets: {others}, each with its `systems` and `clips`: README, Real data)"] if others else []
+    lines += (
+        [f"  (other presets: {others}, each with its `systems` and `clips`: docs/real-data.md, Recipes)"]
+        if others
+        else []
+    )
     if not path and recipe.weights:
         lines += [
             f"  (its weights of CLIP come with the stage pretrain_clip, or from here with --clip {recipe.weights})"
