@@ -62,7 +62,8 @@ def prepare(
     on_bad: "error" raises one DataError that lists all referents that cannot be used and why, "skip" leaves them out.
     strict: differing from the published counts is an error, not a warning. exclude: roots of other datasets by name; no
     training referent stays on an image that is val or test there, or, of a mixed dataset, in any part. check_images: decode
-    every image on `workers` threads; when off, images need not be there at all. read: gives the files' rows; by default
+    every image on `workers` threads; when off, images need not be there at all. Masks are made by as many processes. read:
+    gives the files' rows; by default
     those of the official files.
     Raises DataError for files that cannot be used.
     """
@@ -75,7 +76,9 @@ def prepare(
     images = [image for image in files.images.values() if image.image_id in used]
     located = locate_images(root, images)
     decoded = decode_images(root, images, located, workers) if check_images else None
-    records, problems = build_records(files, located.paths, decoded.problems if decoded else {}, on_bad=on_bad)
+    records, problems = build_records(
+        files, located.paths, decoded.problems if decoded else {}, on_bad=on_bad, workers=workers
+    )
     published = compare_with_published(dataset, records)
     differences = [text for text in map(_difference, published) if text]
     if strict and differences:

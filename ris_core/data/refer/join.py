@@ -5,9 +5,15 @@ The one place that decides which referents can be used and what happens to the o
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+from tqdm import tqdm
 
 from ris_core.data import masks
 from ris_core.data.records import ImageRecord, Instance, Reference
@@ -16,10 +22,19 @@ from ris_core.data.refer.rows import Annotation, ImageInfo, Problem
 from ris_core.errors import ConfigError, DataError, list_problems
 
 ON_BAD = ("error", "skip")
+SHARED_FROM = 20_000  # annotations: below, other processes take longer to start than they spare
+CHUNK = 1_000
+
+_Wanted = tuple[Annotation, ImageInfo, str]  # and the category's name
 
 
 def build_records(
-    files: ReferFiles, image_paths: Mapping[int, str], image_problems: Mapping[int, Problem], *, on_bad: str
+    files: ReferFiles,
+    image_paths: Mapping[int, str],
+    image_problems: Mapping[int, Problem],
+    *,
+    on_bad: str,
+    workers: int = 1,
 ) -> tuple[list[ImageRecord], list[Problem]]:
     """Give records of all images with usable referents (sorted by image id, refs and instances by theirs), and all problems.
 
@@ -27,11 +42,12 @@ def build_records(
     is malformed, its annotation or image is absent or unusable, the two disagree, or its mask is empty. With bad
     referents `on_bad="error"` raises one DataError that lists every cause, "skip" leaves them out. Annotations that
     nobody refers to never block: bad ones are left out and reported. Raises DataError when no referent remains.
+    Masks of many annotations are made by `workers` processes.
     """
     if on_bad not in ON_BAD:
         raise ConfigError(f"on_bad must be one of {', '.join(ON_BAD)}; found {on_bad!r}")
     used_images = {image_id for image_id, _ in files.references}
-    instances, mask_problems, strays = _instances(files, used_images)
+    instances, mask_problems, strays = _instances(files, used_images, workers)
     bad_annotations = {**files.bad_annotations, **mask_problems}
     bad_images = {**files.bad_images, **image_problems}
     problems = [*files.problems, *strays]
@@ -75,28 +91,58 @@ def exclude_images(
 
 
 def _instances(
-    files: ReferFiles, images: set[int]
+    files: ReferFiles, images: set[int], workers: int
 ) -> tuple[dict[int, list[Instance]], dict[int, Problem], list[Problem]]:
     """Give instances of the given images, by image id; what is wrong with annotations without a usable mask, by id; strays."""
     instances: defaultdict[int, list[Instance]] = defaultdict(list)
     bad: dict[int, Problem] = {}
-    strays: list[Problem] = []
+    wanted: list[_Wanted] = []
     for annotation in files.annotations.values():
         image = files.images.get(annotation.image_id)
-        where = f"annotation {annotation.ann_id} of image {annotation.image_id}"
         if image is None:
-            bad[annotation.ann_id] = Problem("dangling_annotation", f"{where}: that image is not usable")
+            text = f"{_where(annotation)}: that image is not usable"
+            bad[annotation.ann_id] = Problem("dangling_annotation", text)
         elif annotation.image_id in images:
-            made = _instance(annotation, image, files.categories[annotation.category_id], where)
-            if isinstance(made, Problem):
-                bad[annotation.ann_id] = made
-            else:
-                instances[annotation.image_id].append(made)
-                strays += _strays(annotation, where)
+            wanted.append((annotation, image, files.categories[annotation.category_id]))
+    strays: list[Problem] = []
+    for (annotation, *_), made in zip(wanted, _made(wanted, workers), strict=True):
+        if isinstance(made, Problem):
+            bad[annotation.ann_id] = made
+        else:
+            instances[annotation.image_id].append(made)
+            strays += _strays(annotation)
     return instances, bad, strays
 
 
-def _instance(annotation: Annotation, image: ImageInfo, category: str, where: str) -> Instance | Problem:
+def _made(wanted: list[_Wanted], workers: int) -> Iterator[Instance | Problem]:
+    """Give what becomes of annotations, in their order; of many by processes, to which a fork hands all that is wanted."""
+    bar = partial(tqdm, desc="masks", total=len(wanted), unit="ann", disable=None, leave=False)
+    if workers == 1 or len(wanted) < SHARED_FROM:
+        yield from bar(_instance(*each) for each in wanted)
+        return
+    starts = range(0, len(wanted), CHUNK)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _inherit, (wanted,)) as pool:
+        yield from bar(chain.from_iterable(pool.map(_chunk, starts)))
+
+
+_inherited: list[_Wanted] = []  # of a process of the pool: what it was forked for
+
+
+def _inherit(wanted: list[_Wanted]) -> None:
+    _inherited[:] = wanted
+
+
+def _chunk(start: int) -> list[Instance | Problem]:
+    return [_instance(*each) for each in _inherited[start : start + CHUNK]]
+
+
+def _where(annotation: Annotation) -> str:
+    return f"annotation {annotation.ann_id} of image {annotation.image_id}"
+
+
+def _instance(annotation: Annotation, image: ImageInfo, category: str) -> Instance | Problem:
+    where = _where(annotation)
     segmentation = masks.without_strays(annotation.segmentation)
     try:
         counts = masks.segmentation_to_counts(segmentation, image.height, image.width)
@@ -116,15 +162,13 @@ def _instance(annotation: Annotation, image: ImageInfo, category: str, where: st
     )
 
 
-def _strays(annotation: Annotation, where: str) -> list[Problem]:
+def _strays(annotation: Annotation) -> list[Problem]:
     """Tell of polygons that cover nothing and were left out."""
     left = len(annotation.segmentation) - len(masks.without_strays(annotation.segmentation))
     if not left:
         return []
-    text = (
-        f"{where}: {left} of its {len(annotation.segmentation)} polygons have fewer than three points and were left out"
-    )
-    return [Problem("stray_polygon", text)]
+    what = f"{left} of its {len(annotation.segmentation)} polygons have fewer than three points and were left out"
+    return [Problem("stray_polygon", f"{_where(annotation)}: {what}")]
 
 
 def _join_faults(

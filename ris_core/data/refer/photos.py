@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from PIL import ExifTags, Image
+from tqdm import tqdm
 
 from ris_core.data.images import BadImage, check_depth, opened
 from ris_core.data.refer.rows import ImageInfo, Problem
@@ -90,7 +91,8 @@ def check_images(root: Path, images: list[ImageInfo], located: Located, workers:
         )
     there = [image for image in images if image.image_id not in located.missing]
     with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(lambda image: _look(root, located.paths[image.image_id], image), there))
+        looked = pool.map(lambda image: _look(root, located.paths[image.image_id], image), there)
+        seen = list(tqdm(looked, "looking at images", len(there), unit="img", disable=None, leave=False))
     problems = dict(located.missing)
     turned = {}
     for image, (problem, _, orientation) in zip(there, seen, strict=True):

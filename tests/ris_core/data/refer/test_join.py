@@ -6,6 +6,7 @@ from refer_fixture import OVERLAPPING, SmallDataset, small_dataset
 
 from ris_core.data import masks
 from ris_core.data.records import ImageRecord
+from ris_core.data.refer import join as join_module
 from ris_core.data.refer.join import build_records, exclude_images
 from ris_core.data.refer.reader import DatasetName, read_refer
 from ris_core.data.refer.rows import Problem
@@ -50,6 +51,18 @@ def test_bad_annotations_that_nobody_needs_do_not_block(tmp_path: Path) -> None:
     assert [(problem.kind, problem.blocking) for problem in problems] == [("degenerate_segmentation", False)] * 2
     assert problems[0].message.startswith("annotation 901 of image 1: segmentation must be polygons")
     assert "annotation 902 of image 2: part 1 of 1: degenerate polygon of 4 numbers" in problems[1].message
+
+
+def test_masks_that_other_processes_make_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_dataset()
+    files = read_refer(small.write(tmp_path, image_folder=None), DatasetName.parse("refcoco_unc"))
+    paths = {n: f"{n}.jpg" for n in files.images}
+    alone = build_records(files, paths, {}, on_bad="skip")
+    monkeypatch.setattr(join_module, "SHARED_FROM", 1)
+    monkeypatch.setattr(join_module, "CHUNK", 3)
+    assert len(files.annotations) > 3
+    assert build_records(files, paths, {}, on_bad="skip", workers=2) == alone
+    assert join_module._inherited == [], "nothing of it is kept here"
 
 
 def spoilt_dataset() -> SmallDataset:
