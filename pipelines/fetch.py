@@ -23,9 +23,9 @@ from pipelines.fetching.photos import AT_ONCE, fetch_photos, lacking, referred
 from pipelines.fetching.recipes import next_steps
 from pipelines.fetching.sources import Sources
 from pipelines.fetching.stock import Stock
-from pipelines.room import size
 from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import ConfigError, DataError, RISError, list_problems
+from ris_core.room import size
 
 DATASETS = paths.raw("")
 ELSEWHERE = "Name other addresses in a file for --mirrors (docs/real-data.md), or put the file itself at {place}."

@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines import inputs, parts, paths, room
+from pipelines import inputs, parts, paths
 from pipelines.stage import check_names, params, run
+from ris_core import room
 from ris_core.data.records import count_records, count_references, read_records
 from ris_core.data.shards import MANIFEST, PreprocessParams, ShardOptions, expected_bytes, write_manifest, write_shard
 from ris_core.errors import DataError, list_problems

@@ -12,8 +12,8 @@ from pipelines.fetching.mirrors import Mirrors
 from pipelines.fetching.photos import lacking, referred
 from pipelines.fetching.sources import shown
 from pipelines.fetching.stock import Stock
-from pipelines.room import size
 from ris_core.data.refer.reader import DatasetName
+from ris_core.room import size
 
 UNPACKED = 5  # times an archive of annotations: JSON and pickles
 RATES = (10, 100)  # megabytes a second, for telling how long it takes

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines import room
 from pipelines.fetching import unpack
 from pipelines.fetching.catalogue import PHOTOS
+from ris_core import room
 from ris_core.data.refer.reader import DatasetName
 from ris_core.errors import DataError, list_problems
 from ris_core.files import PARTIAL, replaced_folder, write_json

@@ -265,7 +265,7 @@ def test_versions_with_different_code_answer_in_one_process(
     shutil.copy(packaging.ROOT / "pipelines" / packaging.SERVED, root / "pipelines")
     source = root / "ris_core/models/answer.py"
     content = source.read_text()
-    changed = content.replace("masks = found > reading.threshold", "masks = found <= reading.threshold")
+    changed = content.replace("masks = _above(found, reading.threshold)", "masks = ~_above(found, reading.threshold)")
     assert changed != content
     source.write_text(changed)
     monkeypatch.setattr(packaging, "ROOT", root)

@@ -21,7 +21,7 @@ PACKAGES = ("ris_core", "pipelines", "benchmarks")
 FLOORS = (
     {"errors"},
     {"options", "yaml_file"},
-    {"files"},
+    {"files", "room"},
     {"storage"},
     {"device"},
     {"contents"},
