@@ -21,7 +21,7 @@ from ris_core.data.images import BadImage, decode_image
 from ris_core.data.refer.photos import locate_images
 from ris_core.data.refer.reader import DatasetName, how_to_get, read_references
 from ris_core.data.refer.rows import ImageInfo, parse_image
-from ris_core.data.refer.untrusted import parse_json, read_input
+from ris_core.data.refer.untrusted import read_json
 from ris_core.errors import DataError
 from ris_core.files import replaced_file
 
@@ -47,7 +47,7 @@ def referred(root: Path, name: DatasetName) -> list[ImageInfo]:
     """
     used = {image_id for image_id, _ in read_references(root, name).references}
     remedy, path = how_to_get(name), root / name.instances_file
-    tables = parse_json(read_input(root, name.instances_file, remedy)[0], path, remedy)
+    tables, _ = read_json(root, name.instances_file, remedy)
     images = tables.get("images") if isinstance(tables, dict) else None
     if not isinstance(images, list):
         raise DataError(f"{path} is no COCO file: it has no list of images. {remedy}")

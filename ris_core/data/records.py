@@ -114,9 +114,10 @@ def write_records(path: str | Path, records: Sequence[ImageRecord], dataset: str
     path = Path(path)
     metadata = {"ris.schema": "records", "ris.schema_version": SCHEMA_VERSION, "ris.dataset": dataset}
     schema = RECORDS_SCHEMA.with_metadata(metadata)
-    table = pa.Table.from_pylist([_as_row(record) for record in records], schema=schema)
-    with replaced_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP_IMAGES)
+    with replaced_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for start in range(0, len(records), ROW_GROUP_IMAGES):  # one group in memory at a time
+            rows = [_as_row(record) for record in records[start : start + ROW_GROUP_IMAGES]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
 def read_records(path: str | Path, first: int = 0, last: int | None = None) -> list[ImageRecord]:

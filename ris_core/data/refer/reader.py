@@ -25,12 +25,13 @@ from ris_core.data.refer.rows import (
     Annotation,
     ImageInfo,
     Problem,
+    pack_polygons,
     parse_annotation,
     parse_category,
     parse_image,
     parse_reference,
 )
-from ris_core.data.refer.untrusted import PICKLE_CAP_BYTES, InputFile, parse_json, parse_pickle, read_input
+from ris_core.data.refer.untrusted import PICKLE_CAP_BYTES, InputFile, parse_pickle, read_input, read_json
 from ris_core.errors import DataError
 
 Row = TypeVar("Row")
@@ -161,8 +162,7 @@ def _meant(files: list[str], name: DatasetName) -> str:
 
 def read_instances(root: Path, path: str, remedy: str, files: ReferFiles) -> InputFile:
     """Read a COCO instances file below `root` into the tables of `files`, and give its identity. Raises as `read_refer` does."""
-    content, identity = read_input(root, path, remedy)
-    tables = parse_json(content, root / path, remedy)
+    tables, identity = read_json(root, path, remedy, pack_polygons)
     wanted = ("images", "annotations", "categories")
     absent = [key for key in wanted if not isinstance(tables, dict) or not isinstance(tables.get(key), list)]
     if absent:
@@ -185,8 +185,7 @@ def read_references(root: Path, name: DatasetName) -> ReferFiles:
         remedy = f"This folder has {', '.join(others)}. {_meant(others, name)}{remedy}"
     as_json = Path(name.refs_file).with_suffix(".json")  # what converters and hubs give
     if not place.exists() and (root / as_json).exists():
-        content, identity = read_input(root, str(as_json), remedy)
-        entries, encoding = parse_json(content, root / as_json, remedy), "utf-8"
+        (entries, identity), encoding = read_json(root, str(as_json), remedy), "utf-8"
         place = root / as_json
     else:
         content, identity = read_input(root, name.refs_file, remedy, PICKLE_CAP_BYTES)
@@ -218,11 +217,15 @@ def read_references(root: Path, name: DatasetName) -> ReferFiles:
 def _collect(
     entries: list[Any], parse: Callable[[Any, int], Row | Problem]
 ) -> tuple[dict[int, Row], dict[int, Problem], list[Problem]]:
-    """Give rows by id, problems by id, and the problems of entries that have no id. An id used twice is a problem, too."""
+    """Give rows by id, problems by id, and the problems of entries that have no id. An id used twice is a problem, too.
+
+    Entries go as their rows come, so that memory holds one of both.
+    """
     rows: dict[int, Row] = {}
     bad: dict[int, Problem] = {}
     unnamed: list[Problem] = []
     for position, entry in enumerate(entries):
+        entries[position] = None
         row = parse(entry, position)
         if not isinstance(row, Problem):
             if entry["id"] in rows:

@@ -6,6 +6,7 @@ Field names and meanings: github.com/lichengunc/refer and the COCO annotation fo
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -71,7 +72,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """An entry of `annotations` in instances.json; the parts of `segmentation` are checked by `ris_core.data.masks`.
+    """An entry of `annotations` in instances.json; the parts of its segmentation are checked by `ris_core.data.masks`.
 
     bbox and area are None where the entry has none, as other tools than COCO's may write it. A negative id is that of a
     target made of none or several annotations, see `ris_core.data.refer.generalised`.
@@ -83,12 +84,39 @@ class Annotation:
     iscrowd: int
     bbox: tuple[float, float, float, float] | None
     area: float | None
-    segmentation: Any
+    stored: Any  # the segmentation, perhaps with packed polygons, see `pack_polygons`
+
+    @property
+    def segmentation(self) -> Any:
+        """Give what the entry has, in a form of COCO's; numbers of packed polygons are floats."""
+        if not isinstance(self.stored, list):
+            return self.stored
+        return [part.tolist() if isinstance(part, array) else part for part in self.stored]
 
     @property
     def is_target(self) -> bool:
         """Tell whether it is no annotation of the file but what a referent refers to, which may be empty."""
         return self.ann_id < 0
+
+
+def pack_polygons(entry: dict[str, Any]) -> dict[str, Any]:
+    """Pack the polygons of an object as JSON has it, if it is an annotation: a number then takes 8 bytes, not 32.
+
+    What is no list of numbers stays as it is, for `ris_core.data.masks` to tell what is wrong with it.
+    """
+    parts = entry.get("segmentation")
+    if type(parts) is list:
+        entry["segmentation"] = [_packed(part) for part in parts]
+    return entry
+
+
+def _packed(part: Any) -> Any:
+    if type(part) is not list or not set(map(type, part)) <= {float, int}:
+        return part
+    try:
+        return array("d", part)
+    except OverflowError:  # an integer that no float can hold
+        return part
 
 
 def parse_reference(entry: Any, position: int, splits: tuple[str, ...]) -> tuple[int, Reference] | Problem:
@@ -168,7 +196,7 @@ def parse_annotation(entry: Any, position: int, categories: Mapping[int, str]) -
         iscrowd=given.get("iscrowd", 0),
         bbox=(float(box["x"]), float(box["y"]), float(box["width"]), float(box["height"])) if box else None,
         area=float(given["area"]) if "area" in given else None,
-        segmentation=entry["segmentation"],
+        stored=entry["segmentation"],
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,32 @@ def _of_a_library(asked: str, path: Path, remedy: str) -> str:
     return f"the file may be malicious, so do not open it with pickle.load. {remedy}"
 
 
-def parse_json(content: bytes, path: Path, remedy: str) -> Any:
+def read_json(
+    root: Path, path: str, remedy: str, made: Callable[[dict[str, Any]], Any] | None = None
+) -> tuple[Any, InputFile]:
+    """Read value and identity of the JSON file `root/path`, without holding its bytes and its text at once.
+
+    made: gives what becomes of each object as soon as it is read, so that a large file need not be held as Python has it.
+    Raises DataError as `read_input` and `parse_json` do.
+    """
+    content, identity = read_input(root, path, remedy)
+    try:
+        text = content.decode(json.detect_encoding(content), "surrogatepass")  # as json.loads does
+    except UnicodeDecodeError as error:
+        raise _no_json(root / path, error, remedy) from None
+    del content
+    return parse_json(text, root / path, remedy, made), identity
+
+
+def parse_json(
+    content: bytes | str, path: Path, remedy: str, made: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
     """Give the value of a JSON file. Raises DataError when it is damaged or cut short."""
     try:
-        return json.loads(content)
+        return json.loads(content, object_hook=made)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged, cut short or no JSON at all ({error}). {remedy}") from None
+        raise _no_json(path, error, remedy) from None
+
+
+def _no_json(path: Path, error: Exception, remedy: str) -> DataError:
+    return DataError(f"{path} is damaged, cut short or no JSON at all ({error}). {remedy}")

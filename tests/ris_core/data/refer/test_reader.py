@@ -1,15 +1,17 @@
 import json
 import logging
 import re
+import tracemalloc
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from refer_fixture import HTML, Malicious, python2_pickle, small_dataset
+from refer_fixture import HTML, Malicious, annotation, python2_pickle, small_dataset
 
 from ris_core.data.records import Sentence
-from ris_core.data.refer.reader import DatasetName, facts, read_refer, read_references
+from ris_core.data.refer.reader import DatasetName, facts, read_instances, read_refer, read_references
 from ris_core.data.refer.rows import ImageInfo, Problem, parse_image
 from ris_core.errors import DataError
 
@@ -275,3 +277,32 @@ def test_a_repeated_ref_id_and_a_broken_letter_are_told(tmp_path: Path) -> None:
         ("malformed_ref", "ref 4: sentence 0: 'raw' is not valid Unicode: '\\ud800'"),
         ("duplicate_id", "ref 3 at position 7: an earlier entry has the same ref_id"),
     ]
+
+
+def test_polygons_are_held_packed_and_given_as_they_are(tmp_path: Path) -> None:
+    """What is no list of numbers is left for the mask codec to refuse."""
+    small = small_dataset()
+    kept = [[0.5, 1, 2**40, 4.25, 5, 6], [], [True, 1, 2, 3, 4, 5], ["1", 2], [10**400] * 6, None, {"counts": [3]}]
+    small.annotation(11)["segmentation"] = kept
+    small.write(tmp_path)
+    read = read_refer(tmp_path, DatasetName.parse("refcoco_unc")).annotations[11]
+    assert read.segmentation == kept
+    assert [type(part) for part in read.stored] == [array, array, list, list, list, type(None), dict]
+
+
+def test_large_instances_are_not_held_as_python_has_them(tmp_path: Path) -> None:
+    """Memory at its highest, beside the file: its bytes and its text, or its text and what is kept of it, not all at once."""
+    small = small_dataset()
+    outline = np.random.default_rng(0).uniform(1, 79, 400).round(2).tolist()
+    small.annotations = [annotation(number, 1, [outline]) for number in range(500)]
+    small.write(tmp_path)
+    name = DatasetName.parse("refcoco_unc")
+    size = (tmp_path / name.instances_file).stat().st_size
+    files = read_references(tmp_path, name)
+    tracemalloc.start()
+    read_instances(tmp_path, name.instances_file, "", files)
+    held, highest = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(files.annotations) == 500
+    assert held < 2 * size
+    assert highest < 3 * size
