@@ -212,10 +212,15 @@ def check_resources(workers: int, cpus: int, gpus: int) -> None:
 
 
 def data() -> ModuleType:
-    """Give the module `ray.data`, without its INFO lines, and with progress bars only where somebody watches."""
+    """Give the module `ray.data`, without its INFO lines, and with progress bars only where somebody watches.
+
+    Nothing is reserved for operators that wait: a dataset here has a single one that does work, and of two CPUs one stood idle.
+    """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it tells that there are no bars
-    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.op_resource_reservation_enabled = False
     return ray.data
 
 

@@ -77,11 +77,10 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
     with pytest.raises(UnicodeEncodeError):
         write_records(path, [ImageRecord(1, "\ud800.jpg", 1, 1, (), ())], "shapes")
 
-    def disk_full(table: Any, where: Path, **options: Any) -> None:
-        where.write_bytes(b"PAR1 half")
+    def disk_full(writer: pq.ParquetWriter, table: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", disk_full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", disk_full)
     with pytest.raises(OSError, match="No space left"):
         write_records(path, some_records(2), "shapes")
     assert path.read_bytes() == before

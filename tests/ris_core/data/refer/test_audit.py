@@ -122,7 +122,7 @@ def test_areas_and_boxes_that_do_not_follow_from_the_shape(tmp_path: Path) -> No
     for text in (
         "area_mismatch: annotation 20 of image 2: area 902, its shape has 900",
         "area_mismatch: annotation 21 of image 2: area 150, its shape has 200",
-        "bbox_mismatch: annotation 30 of image 3: bbox [8.0, 13.0, 30.02, 30.0], its shape has [8, 13, 30, 30]",
+        "bbox_mismatch: annotation 30 of image 3: bbox [8.0, 13.0, 30.02, 30.0], its shape has [8.0, 13.0, 30.0, 30.0]",
         "bbox_mismatch: annotation 900 of image 1: bbox [10.0, 0.0, 4.0, 80.0], its shape has [10.0, 0.0, 1.0, 80.0]",
     ):
         assert text in report["messages"]
