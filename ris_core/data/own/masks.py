@@ -40,7 +40,8 @@ def _of_picture(given: str, root: Path) -> dict[str, Any]:
     try:
         with opened(place, given) as picture:
             if picture.format != "PNG":
-                raise DataError(f"mask {short(given)} is {picture.format}, which changes masks: save it as PNG")
+                why = ", which changes masks" if picture.format == "JPEG" else ""
+                raise DataError(f"mask {short(given)} is {picture.format}{why}: save it as PNG")
             pixels = np.asarray(picture)[..., : -1 if picture.mode in WITH_ALPHA else None]
     except BadImage as error:
         raise DataError(f"mask {short(given)}: {error.reason}") from None

@@ -81,7 +81,7 @@ def read_own(root: Path, name: DatasetName) -> ReferFiles:
         files.inputs.append(read_instances(root, description.annotations, remedy, files))
     told = _by_referent(rows, description, files)
     if not told:
-        raise DataError(_nothing(root / description.expressions, files))
+        raise DataError(_nothing(root / description.expressions, rows, files))
     _check_splits(told, root / description.expressions)
     if description.annotations is None:
         _images_of_names(root, told, files)
@@ -140,11 +140,15 @@ def _wrong_in(row: Any, target: str) -> tuple[list[str], list[str]]:
 
 
 def _annotations(given: object) -> tuple[int, ...] | None:
-    """Give the annotations that a row refers to; a list may name several of them, or none."""
+    """Give the annotations that a row refers to; a list may name several of them, or none.
+
+    10.0 is 10: pandas writes whole columns of integers so where one of them was missing.
+    """
     numbers: list[Any] = given if isinstance(given, list) else [given]
-    if not all(type(number) in (int, str) and str(number).isdecimal() and len(str(number)) < 19 for number in numbers):
+    texts = [str(number).removesuffix(".0") if type(number) in (int, float, str) else "" for number in numbers]
+    if not all(text.isdecimal() and len(text) < 19 for text in texts):
         return None
-    return tuple(dict.fromkeys(int(number) for number in numbers))
+    return tuple(dict.fromkeys(map(int, texts)))
 
 
 def _is_unicode(text: str) -> bool:
@@ -231,8 +235,11 @@ def _image_ids(told: list[_Said], description: Description, files: ReferFiles) -
     return find
 
 
-def _nothing(path: Path, files: ReferFiles) -> str:
+def _nothing(path: Path, rows: list[tuple[str, Row]], files: ReferFiles) -> str:
     if not files.problems:
         return f"{path} has no expressions"
     more = f" (and {len(files.problems) - 1} more)" if len(files.problems) > 1 else ""
-    return f"{path} has no row that can be used: {files.problems[0].message}{more}"
+    columns = dict.fromkeys(str(key) for _, row in rows if isinstance(row, Mapping) for key in row)
+    between = " (they are told apart by commas)" if any(mark in key for key in columns for mark in ";\t") else ""
+    found = f"; its columns are {', '.join(map(short, columns))}{between}" if columns else ""
+    return f"{path} has no row that can be used: {files.problems[0].message}{more}{found}"

@@ -220,4 +220,12 @@ def _unusable(files: ReferFiles, problems: list[Problem], bad_refs: int) -> Data
     remedy = "Mend the files, or go on without these refs by on_bad='skip' (params.yaml: prepare.on_bad)."
     if bad_refs == files.refs_in_file:
         remedy = "No ref is left to go on with: check that the files and images belong together."
-    return DataError(list_problems(title, [problem.message for problem in blocking], remedy))
+    return DataError(list_problems(title, [problem.message for problem in blocking], f"{_unread(problems)}{remedy}"))
+
+
+def _unread(problems: list[Problem]) -> str:
+    """Tell of entries that nobody is known to refer to because they could not be read: what refers to them finds nothing."""
+    entries = [p.message for p in problems if p.kind in ("malformed_image", "malformed_annotation") and not p.blocking]
+    return (
+        f"{len(entries)} entries of images or annotations cannot be read, the first: {entries[0]}. " if entries else ""
+    )

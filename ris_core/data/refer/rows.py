@@ -18,7 +18,7 @@ from ris_core.errors import short
 MAX_SIDE = 65_535  # pixels; the limit of JPEG
 _NUMBER = (int, float)
 _Kinds = type | tuple[type, ...]
-_OPTIONAL: dict[str, _Kinds] = {"iscrowd": int, "bbox": list, "area": _NUMBER}  # of an annotation
+_OPTIONAL: dict[str, _Kinds] = {"iscrowd": (int, bool), "bbox": list, "area": _NUMBER}  # of an annotation
 
 
 PROBLEM_KINDS = (
@@ -102,21 +102,27 @@ class Annotation:
 def pack_polygons(entry: dict[str, Any]) -> dict[str, Any]:
     """Pack the polygons of an object as JSON has it, if it is an annotation: a number then takes 8 bytes, not 32.
 
-    What is no list of numbers stays as it is, for `ris_core.data.masks` to tell what is wrong with it.
+    A polygon by itself, as VIA writes it, becomes a list of one. What is no list of numbers stays as it is, for
+    `ris_core.data.masks` to tell what is wrong with it.
     """
     parts = entry.get("segmentation")
     if type(parts) is list:
+        parts = [parts] if parts and _are_numbers(parts) else parts
         entry["segmentation"] = [_packed(part) for part in parts]
     return entry
 
 
 def _packed(part: Any) -> Any:
-    if type(part) is not list or not set(map(type, part)) <= {float, int}:
+    if type(part) is not list or not _are_numbers(part):
         return part
     try:
         return array("d", part)
     except OverflowError:  # an integer that no float can hold
         return part
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {float, int}
 
 
 def parse_reference(entry: Any, position: int, splits: tuple[str, ...]) -> tuple[int, Reference] | Problem:
@@ -193,7 +199,7 @@ def parse_annotation(entry: Any, position: int, categories: Mapping[int, str]) -
         ann_id=entry["id"],
         image_id=entry["image_id"],
         category_id=entry["category_id"],
-        iscrowd=given.get("iscrowd", 0),
+        iscrowd=int(given.get("iscrowd", 0)),
         bbox=(float(box["x"]), float(box["y"]), float(box["width"]), float(box["height"])) if box else None,
         area=float(given["area"]) if "area" in given else None,
         stored=entry["segmentation"],

@@ -121,6 +121,50 @@ def test_every_kind_of_table_says_the_same(tmp_path: Path, ending: str) -> None:
     assert sorted(split for split, _ in found.values()) == ["test", "train", "train", "val"]
 
 
+def test_numbers_and_outlines_as_tools_write_them(tmp_path: Path) -> None:
+    """Ids of a column in which pandas missed one, a truth value for `iscrowd`, VIA's polygon without a list around it."""
+    root = own(tmp_path, "image,annotation,text,split\na.jpg,10.0,left,train\nb.jpg,20,left,val\n")
+    tables = json.loads((root / "instances.json").read_text())
+    expected = said(prepared(root)[0])
+    for annotation in tables["annotations"]:
+        annotation |= {"iscrowd": False, "segmentation": annotation["segmentation"][0]}
+    (root / "instances.json").write_text(json.dumps(tables))
+    records, report = prepared(root)
+    assert said(records) == expected
+    assert list(expected) == [("images/a.jpg", 10), ("images/b.jpg", 20)]
+    assert {instance.iscrowd for record in records for instance in record.instances} == {0}
+    assert report["problems"] == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        (
+            "annotations",
+            "id",
+            "10",
+            "8 entries .* cannot be read, the first: annotation at position 0: 'id' must be int",
+        ),
+        (
+            "images",
+            "width",
+            60.0,
+            "4 entries .* cannot be read, the first: image 1: 'width' must be int, found float 60",
+        ),
+    ],
+)
+def test_where_nothing_is_found_it_is_told_what_could_not_be_read(
+    tmp_path: Path, table: str, key: str, value: object, message: str
+) -> None:
+    root = own(tmp_path, ROWS.replace("\n1,", "\na.jpg,"))
+    tables = json.loads((root / "instances.json").read_text())
+    for entry in tables[table]:
+        entry[key] = value
+    (root / "instances.json").write_text(json.dumps(tables))
+    with pytest.raises(DataError, match=message):
+        prepared(root)
+
+
 def test_a_row_may_mean_several_annotations_or_none(tmp_path: Path) -> None:
     root = own(tmp_path, "", "annotations: instances.json\nexpressions: said.jsonl\n")
     rows = [
@@ -220,7 +264,8 @@ def test_what_is_wrong_with_a_row_is_told_and_may_be_skipped(tmp_path: Path, row
         ("image,annotation,text\na.jpg,10,left, and red\n", "put texts with commas in quotes"),
         ("image,annotation,text\na.jpg,x,left\n", "has no row that can be used: expressions.csv line 2: 'annotation'"),
         ("image,annotation,text,split\na.jpg,10,l,train\nb.jpg,20,l,\n", "1 of 2 objects have no `split`"),
-        ("picture,annotation,text\na.jpg,10,left\n", "no 'image'"),
+        ("picture,annotation,text\na.jpg,10,left\n", "no 'image'; its columns are 'picture', 'annotation', 'text'$"),
+        ("image;annotation;text\na.jpg;10;left\n", r"'image;annotation;text' \(they are told apart by commas\)$"),
     ],
 )
 def test_tables_that_cannot_be_used_as_a_whole(tmp_path: Path, rows: str, message: str) -> None:
@@ -249,11 +294,13 @@ def test_files_that_are_something_else(tmp_path: Path, name: str, content: bytes
 def test_masks_that_cannot_be_used_are_told_with_their_row(tmp_path: Path) -> None:
     root = own(tmp_path, "", "expressions: said.jsonl\n")
     Image.new("L", (WIDTH, HEIGHT), 255).save(root / "mask.jpg")
+    Image.new("L", (WIDTH, HEIGHT), 255).save(root / "mask.tif")
     Image.new("L", (WIDTH // 2, HEIGHT), 255).save(root / "small.png")
     Image.new("L", (WIDTH, HEIGHT), 0).save(root / "empty.png")
     Image.new("L", (WIDTH, HEIGHT), 255).save(root.parent / "beside.png")
     wrong: Mapping[Any, str] = {
         "mask.jpg": "is JPEG, which changes masks: save it as PNG",
+        "mask.tif": "is TIFF: save it as PNG",
         "none.png": "No such file",
         "../beside.png": "lies outside the dataset",
         "small.png": "run lengths are of size",
