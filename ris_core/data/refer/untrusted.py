@@ -59,7 +59,9 @@ def parse_pickle(content: bytes, path: Path, remedy: str) -> tuple[Any, str]:
     Raises DataError for a pickle that needs a class or function, is damaged or cut short, or is JSON.
     """
     if content.lstrip()[:1] in (b"{", b"["):
-        raise DataError(f"{path} is JSON text, not a pickle. {remedy}")
+        raise DataError(
+            f"{path} is JSON text, not a pickle: call it {path.with_suffix('.json').name}, which is read as well. {remedy}"
+        )
     try:
         try:
             return read_plain_pickle(content, "utf-8"), "utf-8"
@@ -76,7 +78,7 @@ def parse_pickle(content: bytes, path: Path, remedy: str) -> tuple[Any, str]:
 
 def _of_a_library(asked: str, path: Path, remedy: str) -> str:
     """Tell what to make of a pickle that asks for something: it may be an honest one, of other tools than REFER's."""
-    if "Python object numpy." in asked or "Python object collections.OrderedDict" in asked:
+    if "Python object numpy." in asked or "Python object collections." in asked:
         return (
             f"where you wrote the file yourself, write {path.with_suffix('.json').name} in its place, which is read as well: "
             "`json.dump(refs, file, default=lambda value: value.tolist())`"
