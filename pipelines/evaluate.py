@@ -9,6 +9,7 @@ python -m pipelines.evaluate --model models:/ris-cris-shapes@champion --dataset 
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from ris_core.data.dataset import ShardStore
 from ris_core.data.images import load_image
 from ris_core.data.proposal_store import ProposalStore
 from ris_core.device import best_device
-from ris_core.errors import WeightsError
+from ris_core.errors import DataError, WeightsError
 from ris_core.evaluation.answers import Answerer, BestProposals, MapAnswers, ProposalAnswers
 from ris_core.evaluation.behaviour import behaviour
 from ris_core.evaluation.cost import cost
@@ -204,6 +205,10 @@ def score(
     Raises ClusterError if a GPU is wanted and the cluster has none.
     """
     store = ShardStore(paths.shards(dataset))
+    for job in wanted:
+        if job["job"] in SHUFFLED and not job_queries(store, job):
+            why = f"{job['split']} has too few referents to exchange their sentences"
+            print(f"the control {job['job']} is left out: {why}", file=sys.stderr)
     tasks = list(pieces(store, wanted))
     with cluster.connected():
         use_gpu = cluster.has_gpu(params.cluster.use_gpu)
@@ -238,8 +243,16 @@ def score(
 def job_queries(store: ShardStore, job: Plain) -> list[Query]:
     """Give all expressions of a job, grouped by image; a control's sentences are exchanged among referents."""
     queries = queries_of(store, job["split"], PROTOCOLS[job["protocol"]])
-    control = {"shuffled_in_image": swapped, "shuffled_across": shuffled}.get(job["job"])
+    control = {"shuffled_in_image": swapped, "shuffled_across": _shuffled}.get(job["job"])
     return control(queries, job["seed"]) if control else queries
+
+
+def _shuffled(queries: list[Query], seed: int) -> list[Query]:
+    """Give `shuffled`, or nothing where that cannot be done: then there is no such control."""
+    try:
+        return shuffled(queries, seed)
+    except DataError:
+        return []
 
 
 def answerer_of(job: Plain) -> str:

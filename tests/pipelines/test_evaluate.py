@@ -71,6 +71,15 @@ def test_the_controls_exchange_sentences_and_nothing_else(tiny: Tiny) -> None:
     assert all(query.text in texts[query.image] for query in in_image.values())
 
 
+def test_a_control_that_cannot_be_made_is_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one referent has more than half of a split's sentences, as in small data of one's own."""
+    every = evaluate.job_queries(tiny.store(), JOBS[0])
+    of_one = [query for query in every if query.ref_id == every[0].ref_id]
+    monkeypatch.setattr(evaluate, "queries_of", lambda *_: of_one)
+    assert evaluate.job_queries(tiny.store(), JOBS[0]) == of_one != []
+    assert [evaluate.job_queries(tiny.store(), job) for job in JOBS[-2:]] == [[], []]
+
+
 def one_process(tiny: Tiny, model: Path, job: Plain) -> pa.Table:
     """A job's table without Ray and without pieces."""
     network, described = load_model(model)

@@ -165,6 +165,18 @@ def test_two_files_are_tested_against_each_other(given: Workplace, capsys: pytes
     ]
 
 
+def test_on_generalised_data_its_own_protocol_comes_first(
+    given: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in an evaluation, where it decides: all others count the right answer to what means nothing as wrong."""
+    monkeypatch.setattr(ShardStore, "is_generalised", True)
+    score.main(Path("good.json"), DATASET, "val", out=Path("mine"))
+    metrics = json.loads(Path("mine/metrics.json").read_text())
+    assert list(metrics)[:2] == ["grefcoco", "ours"]
+    assert [name for name, parts in metrics.items() if "shuffled_in_image" in parts["val"]] == ["grefcoco"]
+    assert "by kind of expression, grefcoco:" in capsys.readouterr().out
+
+
 def test_what_does_not_apply_to_finished_masks_is_said(given: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     score.main(Path("good.json"), DATASET, "val", out=Path("scores"))
     said = json.loads(Path("scores/protocols.json").read_text())

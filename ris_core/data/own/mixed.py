@@ -46,7 +46,10 @@ def mix(name: DatasetName, parts: Mapping[str, ReferFiles], times: Mapping[str, 
         mixed.refs_in_file += files.refs_in_file - len(files.references)
         for image, ref in files.references:
             for _ in range(times[part] if ref.split == TRAIN else 1):
-                mixed.references.append((image, _numbered(ref, len(mixed.references) + 1, sentence)))
+                number = len(mixed.references) + 1
+                mixed.references.append((image, _numbered(ref, number, sentence)))
+                if ref.ref_id in files.targets:
+                    mixed.targets[number] = files.targets[ref.ref_id]
                 sentence += len(ref.sentences)
     mixed.refs_in_file += len(mixed.references)
     return mixed

@@ -31,13 +31,14 @@ from ris_core.data.own.splits import draw
 from ris_core.data.own.table import Row, read_table
 from ris_core.data.records import Reference, Sentence
 from ris_core.data.refer.generalised import CATEGORY, target_id
-from ris_core.data.refer.photos import locate_images
+from ris_core.data.refer.photos import OWN_FOLDER, locate_images
 from ris_core.data.refer.reader import DatasetName, ReferFiles, add_targets, read_instances, read_refer
 from ris_core.data.refer.rows import Annotation, ImageInfo, Problem, relative
 from ris_core.data.refer.untrusted import read_input
 from ris_core.errors import DataError, short
 
 OBJECT = 1  # the category of masks, which have none
+LONGEST = 19  # digits of ids, which fit 64 bits
 
 
 @dataclass(slots=True)
@@ -146,7 +147,7 @@ def _annotations(given: object) -> tuple[int, ...] | None:
     """
     numbers: list[Any] = given if isinstance(given, list) else [given]
     texts = [str(number).removesuffix(".0") if type(number) in (int, float, str) else "" for number in numbers]
-    if not all(text.isdecimal() and len(text) < 19 for text in texts):
+    if not all(text.isdecimal() and len(text) < LONGEST for text in texts):
         return None
     return tuple(dict.fromkeys(map(int, texts)))
 
@@ -167,14 +168,15 @@ def _check_splits(told: list[_Said], path: Path) -> None:
 
 def _images_of_names(root: Path, told: list[_Said], files: ReferFiles) -> None:
     """List the images that the table names, with ids in the order of their names and sizes of the files as stored."""
-    names = sorted({said.image for said in told})
-    plain = {name: relative(name) for name in names}
-    images = [ImageInfo(number, plain[name] or "-", 0, 0) for number, name in enumerate(names, start=1)]
+    images = [ImageInfo(number, name or "-", 0, 0) for name, number in _numbers_of_names(told).items()]
+    given = {_plain(said.image): said.image for said in told}
     located = locate_images(root, images)
-    for image, name in zip(images, names, strict=True):
+    for image in images:
+        name = given.get(image.file_name, given.get("", ""))
         try:
-            if image.image_id in located.missing or not plain[name]:
-                raise BadImage(name, "there is no such file")
+            if image.image_id in located.missing:
+                why = located.missing[image.image_id].message.removeprefix(f"image {image.image_id}: ")
+                raise BadImage(name, f"there is no such file ({why})")
             with opened(root / located.paths[image.image_id], name) as picture:
                 width, height = picture.size
             files.images[image.image_id] = ImageInfo(image.image_id, image.file_name, height, width)
@@ -187,9 +189,11 @@ def _images_of_names(root: Path, told: list[_Said], files: ReferFiles) -> None:
 def _number(root: Path, told: list[_Said], description: Description, files: ReferFiles) -> None:
     """Give ids to referents, and make annotations of masks."""
     image_of = _image_ids(told, description, files)
-    drawn = draw((said.image for said in told), description.val, description.test, description.seed)
-    for ref_id, said in enumerate(told, start=1):
-        image_id, ann_id, category = image_of(said), said.target, OBJECT
+    images = [image_of(said) for said in told]
+    names = [_name_of(image, said, files) for image, said in zip(images, told, strict=True)]
+    drawn = draw(names, description.val, description.test, description.seed)
+    for ref_id, (said, image_id, name) in enumerate(zip(told, images, names, strict=True), start=1):
+        ann_id, category = said.target, OBJECT
         if isinstance(image_id, Problem):
             files.problems.append(image_id)
             continue
@@ -208,24 +212,25 @@ def _number(root: Path, told: list[_Said], description: Description, files: Refe
             (ann_id,) = said.target
             category = files.annotations[ann_id].category_id if ann_id in files.annotations else OBJECT
         sentences = tuple(Sentence(number, " ".join(text.lower().split()), text) for number, text in said.texts)
-        split = said.split or drawn[said.image]
+        split = said.split or drawn[name]
         files.references.append((image_id, Reference(ref_id, ann_id, category, split, sentences)))
 
 
 def _image_ids(told: list[_Said], description: Description, files: ReferFiles) -> Callable[[_Said], int | Problem]:
     """Give the function that finds the id of the image that a row is about, by its id, or by its file name."""
     if description.annotations is None:
-        numbers = {name: number for number, name in enumerate(sorted({said.image for said in told}), start=1)}
-        return lambda said: numbers[said.image]
+        numbers = _numbers_of_names(told)
+        return lambda said: numbers[_plain(said.image)]
+    known = {*files.images, *files.bad_images}
     by_name: dict[str, set[int]] = {}
     for image in files.images.values():
-        for known in {image.file_name, PurePosixPath(image.file_name).name}:
-            by_name.setdefault(known, set()).add(image.image_id)
+        for name in {image.file_name, PurePosixPath(image.file_name).name}:
+            by_name.setdefault(name, set()).add(image.image_id)
 
     def find(said: _Said) -> int | Problem:
-        if said.image.isdecimal() and int(said.image) in {*files.images, *files.bad_images}:
+        if said.image.isdecimal() and len(said.image) < LONGEST and int(said.image) in known:
             return int(said.image)
-        ids = by_name.get(relative(said.image), set())
+        ids = by_name.get(relative(said.image)) or by_name.get(_plain(said.image), set())
         if len(ids) == 1:
             return next(iter(ids))
         why = "several images have that name" if ids else f"{description.annotations} has no such image"
@@ -233,6 +238,22 @@ def _image_ids(told: list[_Said], description: Description, files: ReferFiles) -
         return Problem("dangling_ref", text, blocking=True)
 
     return find
+
+
+def _plain(name: str) -> str:
+    """Give an image's name as a path in the folder of photos, so that two ways to write it are one; "" where it is none."""
+    return relative(name).removeprefix(f"{OWN_FOLDER}/")
+
+
+def _numbers_of_names(told: list[_Said]) -> dict[str, int]:
+    """Give numbers to images that only the table names, in the order of their names."""
+    return {name: number for number, name in enumerate(sorted({_plain(said.image) for said in told}), start=1)}
+
+
+def _name_of(image: int | Problem, said: _Said, files: ReferFiles) -> str:
+    """Give what the draw knows an image by: its own name, however the table writes it, by an id or by a path."""
+    found = None if isinstance(image, Problem) else files.images.get(image)
+    return _plain(said.image if found is None else found.file_name)
 
 
 def _nothing(path: Path, rows: list[tuple[str, Row]], files: ReferFiles) -> str:

@@ -5,6 +5,7 @@ import pytest
 from refer_fixture import IMAGES_2014, small_dataset
 
 from ris_core.data.own.description import named, read_parts
+from ris_core.data.own.mixed import mix
 from ris_core.data.own.reader import read_any
 from ris_core.data.records import ImageRecord
 from ris_core.data.refer.audit import prepare
@@ -54,6 +55,15 @@ def test_a_mixture_has_the_referents_of_all_and_none_that_leaks(tmp_path: Path) 
     assert first == ["refcoco_unc/refcoco/refs(unc).p", "refcoco_unc/refcoco/instances.json"]
     photos = f"{IMAGES_2014}/COCO_train2014_"
     assert [record.file_name for record in records] == [f"{photos}{n:012d}.jpg" for n in range(1, 7)]
+
+
+def test_referents_with_several_targets_are_counted_in_a_mixture_too(tmp_path: Path) -> None:
+    root = mixture(tmp_path)
+    parts = {name: read_any(tmp_path / name, named(tmp_path / name)) for name in ("refcoco_unc", "refcocog_umd")}
+    parts["refcocog_umd"].targets = {1: (), 3: (10, 11), 5: (50,)}
+    mixed = mix(named(root), parts, {"refcoco_unc": 2, "refcocog_umd": 1})
+    count = len(mixed.references) - len(parts["refcocog_umd"].references)
+    assert mixed.targets == {count + 1: (), count + 3: (10, 11), count + 5: (50,)}
 
 
 def test_parts_that_mean_other_things_by_an_id_are_not_mixed(tmp_path: Path) -> None:

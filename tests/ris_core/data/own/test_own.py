@@ -165,6 +165,40 @@ def test_where_nothing_is_found_it_is_told_what_could_not_be_read(
         prepared(root)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_image_is_one_however_a_table_writes_it(tmp_path: Path, masks: bool) -> None:
+    """By its id, its name, or a path to it: it is in one split, and with masks alone it has one id."""
+    rle = {"size": [HEIGHT, WIDTH], "counts": [100, 50, HEIGHT * WIDTH - 150]}
+    ways = [[name, f"./images/{name}", f"images/{name}", name if masks else str(n)] for n, name in enumerate(NAMES, 1)]
+    rows = [
+        {"image": way, "text": f"{n} {k}", **({"mask": rle} if masks else {"annotation": 10 * n + k % 2})}
+        for n, each in enumerate(ways, start=1)
+        for k, way in enumerate(each)
+    ]
+    shares = "val: 0.25\ntest: 0.25\n"
+    root = own(tmp_path, "", f"{'' if masks else 'annotations: instances.json'}\nexpressions: said.jsonl\n{shares}")
+    (root / "said.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records, report = prepared(root)
+    assert [record.file_name for record in records] == [f"images/{name}" for name in NAMES]
+    assert {row["images"] for row in report["shared_images"]} == {0}
+    by_name = own(tmp_path / "by name", "", (root / "dataset.yaml").read_text())
+    first = [{**row, "image": NAMES[number // 4]} for number, row in enumerate(rows)]
+    (by_name / "said.jsonl").write_text("\n".join(map(json.dumps, first)))
+    splits = [{record.file_name: record.refs[0].split for record in each} for each in (records, prepared(by_name)[0])]
+    assert splits[0] == splits[1]
+
+
+def test_a_name_that_two_photos_have_is_told_with_both(tmp_path: Path) -> None:
+    root = own(tmp_path, "", "expressions: said.jsonl\n")
+    for folder in ("x", "y"):
+        (root / "images" / folder).mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / folder / "e.jpg")
+    row = {"image": "e.jpg", "mask": {"size": [HEIGHT, WIDTH], "counts": [2400]}, "text": "x", "split": "train"}
+    (root / "said.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"no such file \(it may be images/x/e\.jpg or images/y/e\.jpg"):
+        prepared(root)
+
+
 def test_a_row_may_mean_several_annotations_or_none(tmp_path: Path) -> None:
     root = own(tmp_path, "", "annotations: instances.json\nexpressions: said.jsonl\n")
     rows = [
@@ -237,6 +271,7 @@ def test_masks_in_place_of_annotations(tmp_path: Path) -> None:
         ("a.jpg,ten,left,train", "'annotation' must be the id of a COCO annotation, or a list of ids, found 'ten'"),
         ("a.jpg,10,left,dev", "split 'dev' is not one of train, val, test"),
         ("z.jpg,10,left,train", "image 'z.jpg', annotation [10]: instances.json has no such image"),
+        (f"{'9' * 5000},10,left,train", "instances.json has no such image"),
         ("a.jpg,99,left,train", "there is no annotation 99"),
         ("b.jpg,10,left,train", "its annotation 10 belongs to image 1, the ref says image 2"),
         (
