@@ -103,9 +103,9 @@ class Scored:
         """Score a file that was read."""
         header = given.header
         refused = {name: why for name, each in PROTOCOLS.items() if (why := unscored(each, given))}
-        first = "grefcoco" if store.is_generalised else ""  # it decides there, see `suited`
-        ordered = sorted(PROTOCOLS.items(), key=lambda item: item[0] != first)
-        protocols = [protocol for name, protocol in ordered if name not in refused]
+        # on generalised data one made for it decides, see `suited`
+        ordered = sorted(PROTOCOLS.values(), key=lambda each: not (store.is_generalised and each.is_generalised))
+        protocols = [protocol for protocol in ordered if protocol.name not in refused]
         found = tables(given.given, store, split, protocols, header.side, f"scoring {file.name}")
         metrics = {p.name: {split: summary(found[p.name], p, params)} for p in protocols}
         if protocols:

@@ -168,11 +168,11 @@ def _check_splits(told: list[_Said], path: Path) -> None:
 
 def _images_of_names(root: Path, told: list[_Said], files: ReferFiles) -> None:
     """List the images that the table names, with ids in the order of their names and sizes of the files as stored."""
+    given = {_plain(said.image) or "-": said.image for said in told}
     images = [ImageInfo(number, name or "-", 0, 0) for name, number in _numbers_of_names(told).items()]
-    given = {_plain(said.image): said.image for said in told}
     located = locate_images(root, images)
     for image in images:
-        name = given.get(image.file_name, given.get("", ""))
+        name = given[image.file_name]
         try:
             if image.image_id in located.missing:
                 why = located.missing[image.image_id].message.removeprefix(f"image {image.image_id}: ")

@@ -344,11 +344,13 @@ def test_masks_that_cannot_be_used_are_told_with_their_row(tmp_path: Path) -> No
     }
     rows = [{"image": "a.jpg", "mask": mask, "text": "x", "split": "train"} for mask in wrong]
     rows += [{"image": "a.jpg", "mask": 7, "text": "x", "split": "train"}]
+    rows += [{"image": "../out.jpg", "mask": {"size": [1, 1], "counts": "1"}, "text": "x", "split": "train"}]
     rows += [{"image": "lost.jpg", "mask": {"size": [1, 1], "counts": "1"}, "text": "x", "split": "train"}]
     (root / "said.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError) as caught:
         prepared(root)
-    for message in (*wrong.values(), "a mask is the path of a PNG", "image 'lost.jpg': there is no such file"):
+    lost = [f"image '{name}': there is no such file" for name in ("lost.jpg", "../out.jpg")]
+    for message in (*wrong.values(), "a mask is the path of a PNG", *lost):
         assert message in str(caught.value)
     with pytest.raises(DataError):
         read_mask(None, root)
