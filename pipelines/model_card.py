@@ -75,6 +75,8 @@ def _about_nothing(part: Plain) -> str:
     """Tell what comes of expressions that refer to nothing, where that was scored."""
     if "N_acc" not in part:
         return "Not for expressions that may refer to nothing: it always answers, see below."
+    if not part["no_target"]:
+        return "How it answers expressions that refer to nothing is not known: none was scored."
     return (
         f"Of expressions that refer to nothing {part['N_acc']:.0%} are answered with an empty mask (N-acc.), of others "
         f"{1 - part['T_acc']:.0%} are, wrongly."

@@ -117,7 +117,8 @@ def headline(protocol: str, split: str, part: Plain) -> str:
     line += f"Pr@0.5 {part['Pr@0.5']:.3f}  right object {part['right_object']:.3f}  "
     line += f"random object {part['random_object']['mIoU']:.3f} / {part['random_object']['oIoU']:.3f}"
     if "N_acc" in part:
-        line += f"  N-acc {part['N_acc']:.3f}  T-acc {part['T_acc']:.3f}"
+        line += f"  N-acc {part['N_acc']:.3f}" if part["no_target"] else "  N-acc - (every expression has a target)"
+        line += f"  T-acc {part['T_acc']:.3f}"
     for control in (*SHUFFLED, LOCATED, ORACLE, BEST):
         if control in part:
             line += f"  {control} {part[control]['mIoU']:.3f}"

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -243,17 +243,19 @@ def _fetch(parcel: Parcel, tree: Path) -> None:
 def _make_room(cache: Path, wanted: int) -> None:
     """Remove what was used longest ago, and is used by nobody, until so many bytes more fit into the cache."""
     limit = float(os.environ.get("RIS_CACHE_GB") or CACHE_GB) * 1e9
-    found = (tree for tree in cache.iterdir() if tree.is_dir() and not tree.name.startswith("."))  # those are of jobs
-    trees = sorted(found, key=lambda tree: tree.stat().st_mtime)
-    sizes = {tree: sum(file.stat().st_size for file in tree.rglob("*") if file.is_file()) for tree in trees}
-    used = sum(sizes.values())
-    for tree in trees:
+    found = []
+    for tree in cache.iterdir():
+        if tree.is_dir() and not tree.name.startswith("."):  # those are of jobs
+            with suppress(FileNotFoundError):  # another process finished it, or removed it, meanwhile
+                found.append((tree.stat().st_mtime, _bytes_below(tree), tree))
+    used = sum(size for _, size, _ in found)
+    for _, size, tree in sorted(found):
         if used + wanted <= limit:
             return
         try:
             with _locked(tree.with_suffix(".use"), fcntl.LOCK_EX | fcntl.LOCK_NB):
                 shutil.rmtree(tree, ignore_errors=True)
-                used -= sizes[tree]
+                used -= size
         except BlockingIOError:
             continue
     if used + wanted > limit:
@@ -261,6 +263,15 @@ def _make_room(cache: Path, wanted: int) -> None:
             f"{wanted / 1e9:.2f} GB do not fit into {cache}, where {used / 1e9:.2f} of {limit / 1e9:g} GB are in use: raise "
             "RIS_CACHE_GB, or set RIS_CACHE to a larger disk"
         )
+
+
+def _bytes_below(folder: Path) -> int:
+    """Tell how many bytes the files below a folder take, without those that other processes remove meanwhile."""
+    total = 0
+    for name in _files(folder):
+        with suppress(FileNotFoundError):
+            total += (folder / name).stat().st_size
+    return total
 
 
 @contextmanager

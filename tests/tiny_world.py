@@ -187,12 +187,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One Ray of this machine for all tests that need it; the stages join it."""
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray of this machine for all tests that need it, with a cache of its own; the stages join it."""
     from pipelines import cluster
 
-    with cluster.connected(num_cpus=4, log_to_driver=False):
-        yield
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RIS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with cluster.connected(num_cpus=4, log_to_driver=False):
+            environment.undo()
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -250,7 +250,9 @@ class TrainingBatches:
         self.of_image = _narrow(of_image)  # how many of the referents each image has that has any
         self.steps = int((-(-of_image // plan.expressions_per_image)).sum()) // plan.batch_images
         if not self.steps:
-            raise DataError(f"split '{split}' has fewer groups than one batch of {plan.batch_images} images")
+            raise DataError(
+                f"split '{split}' has fewer groups than one batch of {plan.batch_images} images: lower train.batch_images"
+            )
         if plan.steps_per_epoch:
             self.steps = min(self.steps, plan.steps_per_epoch)
 

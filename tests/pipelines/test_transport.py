@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,6 +148,33 @@ def test_the_cache_is_bounded_and_what_is_read_stays(
         transport.unpacked(second)
 
 
+def test_room_is_found_while_others_give_up_what_they_fetched(
+    tmp_path: Path, storage: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parcel = Road(storage).offer(folder).parcel
+    assert parcel is not None
+    ended = threading.Event()
+
+    def fetched_and_given_up() -> None:
+        while not ended.is_set():
+            content = tmp_path / "cache" / "another.partial" / "content"
+            for number in range(20):
+                (content / f"{number}").mkdir(parents=True, exist_ok=True)
+                (content / f"{number}" / "file").write_bytes(b"1")
+            shutil.rmtree(content.parent)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(fetched_and_given_up)
+        try:
+            for _ in range(100):
+                monkeypatch.setattr(transport, "_held", {})
+                shutil.rmtree(tmp_path / "cache" / parcel.digest, ignore_errors=True)
+                assert contents(transport.unpacked(parcel)) == contents(folder)
+        finally:
+            ended.set()
+        other.result()
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../up"])
 def test_a_parcel_stays_in_its_folder(name: str) -> None:
     with pytest.raises(ClusterError, match="outside of its folder"):
@@ -207,6 +237,7 @@ def test_an_error_meant_for_people_comes_back_as_such(
     workplace: Workplace, ray_session: None, elsewhere: Storage
 ) -> None:
     workplace.link("raw", "records")
+    workplace.change(preprocess={"images_per_shard": 1000})  # one task: the first to find it removes it, others miss it
     place = Road(elsewhere)
     whole = place.offer
 

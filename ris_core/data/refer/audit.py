@@ -206,7 +206,7 @@ def _turned(decoded: Decoded | None, used: Collection[int]) -> list[str]:
     shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
     return [
         f"{len(paths)} photos have an EXIF orientation, which turns or mirrors them where they are displayed ({shown}). Their "
-        "annotations are taken as drawn on the pixels as stored. If they were drawn on the picture as displayed, every "
+        "annotations are taken as drawn on the pixels as stored (TIFFs: as displayed). If they were drawn otherwise, every "
         "such mask lies on wrong pixels: save these photos upright (PIL.ImageOps.exif_transpose) and prepare again"
     ]
 

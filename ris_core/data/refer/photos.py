@@ -133,7 +133,7 @@ def _look(root: Path, path: str, image: ImageInfo) -> tuple[Problem | None, str,
     """Tell what is wrong with an image file, if anything, its pixel mode ("" when unreadable) and its EXIF orientation."""
     try:
         with opened(root / path, path) as picture:
-            size, mode, orientation = picture.size, picture.mode, _orientation(picture)
+            size, mode, kind, orientation = picture.size, picture.mode, picture.format, _orientation(picture)
             check_depth(picture, path)
             if size == (image.width, image.height):
                 # At an eighth of the size a JPEG is still read to its end, which finds cut files at half the cost.
@@ -144,10 +144,13 @@ def _look(root: Path, path: str, image: ImageInfo) -> tuple[Problem | None, str,
     if size != (image.width, image.height):
         text = f"{path} is {size[0]}x{size[1]} pixels, instances.json says {image.width}x{image.height}"
         if orientation in SIDEWAYS and size == (image.height, image.width):
-            text += (
-                f", its size as displayed (EXIF orientation {orientation}): the annotations were drawn on the turned picture; "
-                "save it upright (PIL.ImageOps.exif_transpose)"
-            )
+            text += f", its size as displayed (EXIF orientation {orientation})"
+            if kind == "TIFF":  # which Pillow turns itself
+                text += ", as TIFFs are read: the annotations were drawn on the pixels as stored; take the tag off"
+            else:
+                text += (
+                    ": the annotations were drawn on the turned picture; save it upright (PIL.ImageOps.exif_transpose)"
+                )
         return Problem("wrong_image_size", f"image {image.image_id}: {text}"), mode, orientation
     return None, mode, orientation
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_drawn_is_said(store: ShardStore) -> None:
         batches(store, world=3)
     with pytest.raises(DataError, match="shapes has no split 'test'; it has testA, testB, train, val"):
         TrainingBatches(store, "test", BatchPlan(4, 2, 0), tokens_of)
-    with pytest.raises(DataError, match="split 'train' has fewer groups than one batch of 500 images"):
+    with pytest.raises(DataError, match="than one batch of 500 images: lower train"):
         batches(store, images=500)
 
 

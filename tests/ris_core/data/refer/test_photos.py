@@ -89,11 +89,11 @@ def test_a_cut_jpeg_is_found_at_any_size(tmp_path: Path, size: tuple[int, int]) 
         assert problems_of(tmp_path, image)[1][0] == "undecodable_image"
 
 
-def save_turned(root: Path, orientation: int, width: int = 100, height: int = 80) -> None:
+def save_turned(root: Path, orientation: int, width: int = 100, height: int = 80, kind: str = "JPEG") -> None:
     (root / IMAGES_2014).mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", (width, height)).save(root / IMAGES_2014 / IMAGES[0].file_name, exif=exif)
+    Image.new("RGB", (width, height)).save(root / IMAGES_2014 / IMAGES[0].file_name, kind, exif=exif)
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -112,6 +112,17 @@ def test_annotations_of_the_size_as_displayed_are_told_so(tmp_path: Path, orient
     assert told.startswith(f"image 1: {IMAGES_2014}/{IMAGES[0].file_name} is 80x100 pixels, instances.json says 100x80")
     assert (f"EXIF orientation {orientation}): the annotations were drawn on the turned picture" in told) is (
         orientation != 3
+    )
+
+
+def test_a_tiff_is_turned_where_it_is_read(tmp_path: Path) -> None:
+    save_turned(tmp_path, 6, width=80, height=100, kind="TIFF")
+    assert problems_of(tmp_path, IMAGES[:1]) == {}
+    save_turned(tmp_path, 6, kind="TIFF")
+    told = problems_of(tmp_path, IMAGES[:1])[1][1]
+    assert (
+        "as displayed (EXIF orientation 6), as TIFFs are read: the annotations were drawn on the pixels as stored"
+        in told
     )
 
 
