@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 SCHEMA_VERSION = 3
-TARGET_STRIDE = 4  # pixels per cell of training targets: that of CRIS and LTS, RISCLIP's are finer; 2 % more bytes beside pixels
+TARGET_STRIDE = 4  # pixels per cell of training targets, as CRIS and LTS want them; 2 % more bytes beside pixels
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 95
 BYTES_PER_PIXEL = {"pixels": 3.0, "jpeg": 0.38}  # of photos of 640x480 at 416 and 560 a side, letterboxed
